@@ -1,0 +1,170 @@
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from core_helpers import linear, rows
+from fastsparse import criteria as C
+from fastsparse.criteria import EVIDENCE, as_criterion, available_criteria, criterion, evidence
+from fastsparse.sparsifier import Sparsifier
+
+W, W0 = [-3., 1., -1., 2.], [1., -2., -1., 0.5]
+
+FORMULAS = dict(
+    large_final=[3, 1, 1, 2], squared_final=[9, 1, 1, 4], small_final=[-3, -1, -1, -2],
+    large_init=[1, 2, 1, .5], small_init=[-1, -2, -1, -.5],
+    large_init_large_final=[1, 1, 1, .5], small_init_small_final=[-3, -2, -1, -2],
+    magnitude_increase=[2, -1, 0, 1.5], movement=[4, 3, 0, 1.5], movmag=[12, 3, 0, 3])
+FORMULAS |= {f'updating_{n}': FORMULAS[n] for n in ('magnitude_increase', 'movement', 'movmag')}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_formula(name, dtype):
+    f, w, w0 = as_criterion(name), torch.tensor(W, dtype=dtype), torch.tensor(W0, dtype=dtype)
+    assert rows(f(w, **{e: w0 for e in evidence(f)})) == FORMULAS[name]
+    assert rows(w) == W and rows(w0) == W0, 'a criterion changes nothing'
+
+
+@pytest.mark.parametrize('name', [n for n in FORMULAS if n not in ('large_final', 'small_final', 'squared_final')])
+def test_what_a_criterion_reads(name):
+    assert evidence(as_criterion(name)) == (('previous',) if name.startswith('updating') else ('initial',))
+
+
+def test_what_the_others_read():
+    assert evidence(C.large_final) == evidence(C.squared_final) == evidence(C.small_final) == () and evidence(C.random_score) == ('generator',)
+
+
+def test_the_names_are_those_of_the_formulas_and_random_score():
+    assert set(available_criteria()) == {*FORMULAS, 'random_score'}
+    assert all(as_criterion(n) is getattr(C, n) for n in available_criteria())
+
+
+def test_random_scores_are_uniform_and_given_by_the_generator():
+    w = torch.zeros(100, 100, dtype=torch.bfloat16)
+    s = C.random_score(w, torch.Generator().manual_seed(3))
+    assert s.shape == w.shape and s.dtype == torch.float32 and 0 <= s.min() and s.max() < 1 and abs(s.mean() - .5) < .02
+    assert torch.equal(s, C.random_score(w, torch.Generator().manual_seed(3)))
+    assert not torch.equal(s, C.random_score(w, torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.parametrize('name', ['squared_final', 'movmag', 'updating_movmag'])
+def test_products_of_small_16_bit_weights_do_not_vanish(name):
+    f, w = as_criterion(name), torch.tensor([1e-4, 2e-4, 3e-4], dtype=torch.float16)
+    s = f(w, **{e: torch.zeros_like(w) for e in evidence(f)})
+    assert 0 < s[0] < s[1] < s[2]
+
+
+def test_squares_of_large_16_bit_weights_do_not_overflow():
+    s = C.squared_final(torch.tensor([300., 600.], dtype=torch.float16))
+    assert s[0] < s[1] < torch.inf
+
+
+# what a Sparsifier keeps for them
+
+@pytest.mark.parametrize('name', available_criteria())
+def test_evidence_is_kept_only_if_read(name):
+    kept = set(Sparsifier(linear(W), criteria=name).state_dict()) - {'masks'}
+    assert kept == set(evidence(as_criterion(name))) - {'generator'}
+
+
+def test_initial_is_the_weight_at_construction():
+    layer = linear([1, 2, 3, 4])
+    s = Sparsifier(layer, criteria='large_init')
+    layer.weight.data.copy_(torch.tensor([[4., 3, 2, 1]]))
+    s.prune_model(50)
+    assert rows(layer.weight) == [[0, 0, 2, 1]]
+
+
+def test_updating_criteria_compare_with_the_previous_mask_update():
+    "Moved since the beginning: 5 5 6 6. Moved since the last update: 4 1 1 2"
+    layer = linear([1, 1, 1, 1])
+    s, whole = Sparsifier(layer, criteria='updating_movement'), Sparsifier(linear([1, 1, 1, 1]), criteria='movement')
+    for values in ([2, 5, 6, 5], [6, 6, 7, 7]):
+        for x in (s, whole): x.model.weight.data.copy_(torch.tensor([values]))
+        if values == [2, 5, 6, 5]: s.prune_model(0)
+    s.prune_model(50)
+    whole.prune_model(50)
+    assert rows(layer.weight) == [[6, 0, 0, 7]]
+    assert rows(whole.model.weight) == [[0, 0, 7, 7]]
+
+
+def test_the_first_update_compares_with_the_weight_at_construction():
+    layer = linear([1, 1, 1, 1])
+    s = Sparsifier(layer, criteria='updating_movement')
+    layer.weight.data.copy_(torch.tensor([[1., 4, 3, 2]]))
+    s.prune_model(50)
+    assert rows(layer.weight) == [[0, 4, 3, 0]]
+
+
+def test_random_score_follows_the_seed_and_does_not_repeat_itself():
+    def mask(seed):
+        torch.manual_seed(seed)
+        s = Sparsifier(nn.Linear(16, 16, bias=False), criteria='random_score')
+        s.prune_model(50)
+        return s.masks['weight']
+    assert torch.equal(mask(1), mask(1)) and not torch.equal(mask(1), mask(2))
+    two = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    s = Sparsifier(two, criteria='random_score')
+    s.prune_model(50)
+    assert not torch.equal(*s.masks.values()), 'each layer draws its own'
+
+
+# one's own
+
+def test_a_function_of_the_weight_is_a_criterion():
+    layer = linear([-3, 1, 2, -4])
+    Sparsifier(layer, criteria=lambda w: w).prune_model(50)
+    assert rows(layer.weight) == [[0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize('f', [torch.abs, functools.partial(torch.mul, other=-1), lambda w, scale=2: w*scale, lambda w, *rest, **more: w.abs()])
+def test_what_needs_nothing_but_the_weight(f):
+    assert evidence(f) == () and as_criterion(f) is f
+
+
+def test_a_function_may_read_any_evidence():
+    assert evidence(lambda w, previous, initial: w) == ('previous', 'initial')
+    assert evidence(lambda w, *, initial: w) == ('initial',)
+    layer = linear([1, 2, 3, 4])
+    s = Sparsifier(layer, criteria=lambda w, initial: w*initial)
+    layer.weight.data.copy_(torch.tensor([[9., 1, 1, 1]]))
+    s.prune_model(50)
+    assert rows(layer.weight) == [[9, 0, 0, 1]]
+
+
+def test_whole_number_scores_are_fine():
+    layer = linear([1, 1, 1, 1])
+    Sparsifier(layer, criteria=lambda w: torch.tensor([[3, 1, 2, 4]])).prune_model(50)
+    assert rows(layer.weight) == [[1, 0, 0, 1]]
+
+
+def test_missing_evidence_is_an_error_that_lists_what_there_is():
+    with pytest.raises(ValueError, match=rf"mine asks for \['hessian'\].*{EVIDENCE[0]}"):
+        def mine(w, hessian): return w
+        as_criterion(mine)
+    with pytest.raises(ValueError, match='takes no parameter'): as_criterion(lambda: 1)
+
+
+@pytest.mark.parametrize('bad', ['abc', 'Large_final', 3, None, nn.Linear])
+def test_an_unknown_criterion_is_refused_with_the_names(bad):
+    with pytest.raises(ValueError, match=r'is unknown; choose one of .*large_final.*movmag.*function of the weight'): as_criterion(bad)
+
+
+@pytest.mark.parametrize('f', [lambda w: w.sum(), lambda w: w[:1], lambda w: 3., lambda w: None])
+def test_scores_of_another_shape_are_refused_with_the_layer(f):
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"for layer '0'; it has to give one score for each weight, of shape \(2, 3\)"): Sparsifier(model, criteria=f).prune_model(50)
+    assert (model[0].weight != 0).all()
+
+
+def test_registered_under_its_own_name(monkeypatch):
+    monkeypatch.setattr(C, '_criteria', dict(C._criteria))
+
+    @criterion
+    def by_sign(w): return w.sign()
+    assert available_criteria()[-1] == 'by_sign' and as_criterion('by_sign') is by_sign
+    layer = linear([1, -1, 1, -1])
+    Sparsifier(layer, criteria='by_sign').prune_model(50)
+    assert rows(layer.weight) == [[1, 0, 1, 0]]

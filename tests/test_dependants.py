@@ -1,0 +1,402 @@
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core_helpers import bits
+from fastsparse.dependants import find_followers
+from fastsparse.granularity import output_groups
+from fastsparse.sparsifier import Sparsifier, SparsityWarning
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def stir(model):
+    "Biases and statistics under which no channel is zero by chance"
+    for m in model.modules():
+        if getattr(m, 'bias', None) is not None: m.bias.data.uniform_(.5, 1)
+        if isinstance(m, NORMS) and m.weight is not None: m.weight.data.uniform_(.5, 1)
+        if getattr(m, 'running_mean', None) is not None: m.running_mean.uniform_(.1, .3), m.running_var.uniform_(.5, 2)
+    return model
+
+
+def sparsify(model, percent=50, granularity='filter', **kw):
+    stir(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SparsityWarning)
+        s = Sparsifier(model, granularity, 'local', **kw)
+        s.prune_model(percent)
+    return s
+
+
+def dead(layer): return ~output_groups(layer).alive(layer.weight.detach() != 0)[0]
+
+
+def silent(t): return (t == 0).transpose(0, 1).flatten(1).all(1)
+
+
+def check_channels(model, *shape, direct=False):
+    """Run `model`: pruned filters put out exactly 0, and so does every norm behind them; and no norm lost a channel that was alive.
+    With `direct`, only norms that get the very tensor that a convolution put out are asked to be silent"""
+    seen, makers, handles = {}, {}, []
+
+    def hook(m, args, out):
+        if isinstance(m, NORMS): # noted at once, for what follows may write into these tensors
+            maker = makers.get(id(args[0]), (None,))[0]
+            need = dead(maker) if maker else torch.zeros(len(m.running_mean)).bool() if direct else silent(args[0])
+            seen.setdefault(m, []).append((silent(args[0]), silent(out), need))
+        elif hasattr(m, 'weight'):
+            makers[id(out)] = m, out
+            assert silent(out)[dead(m)].all()
+    for m in model.modules(): handles.append(m.register_forward_hook(hook))
+    for training in (True, False):
+        seen.clear(), makers.clear()
+        model.train(training)
+        with torch.no_grad(): model(torch.randn(2, *shape))
+        for m, calls in seen.items():
+            for inp, out, need in calls:
+                assert out[need].all(), f'a pruned channel of {m} is heard'
+                if m.weight is not None: assert inp[m.weight == 0].all(), f'{m} lost a channel that is alive'
+    for h in handles: h.remove()
+    return sum(int(out.sum()) for calls in seen.values() for _, out, _ in calls)
+
+
+def names(s): return sorted(f.name for f in s._followers)
+
+
+class Net(nn.Module):
+    "Modules by name, and a forward"
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self._forward = forward
+        for n, m in modules.items(): setattr(self, n, m)
+
+    def forward(self, x): return self._forward(self, x)
+
+
+def test_by_hand():
+    "Filter 1 of 3 is pruned: its bias, and entry 1 of weight and bias of the BatchNorm"
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1, bias=False))
+    model[0].weight.data.copy_(torch.tensor([3., 1, 2]).view(3, 1, 1, 1))
+    s = sparsify(model, 100/3, layers='0')
+    assert names(s) == ['0.bias', '1.bias', '1.weight']
+    for t in (model[0].weight.flatten(), model[0].bias, model[1].weight, model[1].bias): assert bits(t != 0) == [1, 0, 1]
+    assert (model[3].weight != 0).all() and model[1].running_mean.all()
+
+
+def test_after_every_step_of_an_optimizer():
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    s = sparsify(model)
+    opt = torch.optim.AdamW(model.parameters(), lr=.1)
+    for _ in range(3):
+        (model(torch.randn(4, 2, 7, 7))**3).mean().backward()
+        opt.step()
+        opt.zero_grad()
+        s.apply_masks()
+        assert check_channels(model, 2, 7, 7) == 5
+
+
+def test_what_is_masked_is_exactly_zero_whatever_stood_there():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    s = sparsify(model)
+    for t in (model[0].bias, model[1].weight, model[1].bias): t.data.fill_(torch.nan)
+    s.apply_masks()
+    gone = dead(model[0])
+    for t in (model[0].bias, model[1].weight, model[1].bias): assert t[gone].tolist() == [0] and t[~gone].isnan().all()
+
+
+def test_nothing_follows_where_nothing_is_pruned():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
+    s = sparsify(model, 0)
+    assert (model[0].bias != 0).all() and (model[1].weight != 0).all()
+    s.prune_model(50)
+    assert check_channels(model, 1, 3, 3) == 2
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'channel', 'shared_kernel', '1:2'])
+def test_granularities_without_whole_outputs_have_no_followers(granularity):
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4))
+    s = sparsify(model, 50, granularity)
+    assert names(s) == [] and (model[0].bias != 0).all() and (model[1].weight != 0).all()
+
+
+def test_granularity_layer_takes_all_its_outputs_along():
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4))
+    sparsify(model, 100, 'layer')
+    assert check_channels(model, 2, 3, 3) == 4
+
+
+def test_at_100_percent_everything_is_silent():
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+    sparsify(model, 100)
+    assert check_channels(model, 2, 3, 3) == 7
+
+
+# where the data flows
+
+def test_a_batchnorm_that_is_registered_elsewhere():
+    "The one registered behind each convolution is the norm of the other"
+    model = Net(lambda m, x: m.bn2(m.conv2(F.relu(m.bn1(m.conv1(x))))), conv1=nn.Conv2d(2, 6, 1), bn2=nn.BatchNorm2d(6), conv2=nn.Conv2d(6, 6, 1), bn1=nn.BatchNorm2d(6))
+    s = sparsify(model)
+    assert check_channels(model, 2, 3, 3) == 6 and torch.equal(model.bn1.weight == 0, dead(model.conv1)) and torch.equal(model.bn2.weight == 0, dead(model.conv2))
+    assert s.untraced is None
+
+
+def test_a_sum_is_zero_where_both_are():
+    model = Net(lambda m, x: m.bn(m.a(x) + m.b(x)), a=nn.Conv2d(2, 8, 1), b=nn.Conv2d(2, 8, 1), bn=nn.BatchNorm2d(8))
+    for t in (model.a, model.b): torch.nn.init.constant_(t.weight, .5)
+    model.a.weight.data[:5] = .1
+    model.b.weight.data[3:] = .1
+    sparsify(model, 62.5)
+    assert bits(dead(model.a)) == [1]*5 + [0]*3 and bits(dead(model.b)) == [0]*3 + [1]*5
+    assert bits(model.bn.weight == 0) == [0, 0, 0, 1, 1, 0, 0, 0] and check_channels(model, 2, 3, 3) == 2
+
+
+def test_a_residual_from_the_input_keeps_a_channel_alive():
+    model = Net(lambda m, x: m.bn(m.conv(x) + x), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    s = sparsify(model)
+    assert names(s) == ['conv.bias'] and (model.bn.weight != 0).all()
+    check_channels(model, 4, 3, 3)
+
+
+@pytest.mark.parametrize('add', [lambda a, b: a + b, lambda a, b: torch.add(a, b), lambda a, b: a.add(b), lambda a, b: a.add_(b)])
+def test_residual_blocks(add):
+    def forward(m, x):
+        x = F.relu(m.bn0(m.conv0(x)))
+        for c, b in ((m.conv1, m.bn1), (m.conv2, m.bn2)): x = F.relu(add(b(c(x)), x))
+        return m.last(x)
+    model = Net(forward, last=nn.BatchNorm2d(8), bn0=nn.BatchNorm2d(8), bn1=nn.BatchNorm2d(8), bn2=nn.BatchNorm2d(8),
+                conv0=nn.Conv2d(2, 8, 1), conv1=nn.Conv2d(8, 8, 1), conv2=nn.Conv2d(8, 8, 1))
+    for c in (model.conv0, model.conv1, model.conv2): c.weight.data[:2] = 1e-3
+    sparsify(model, 25)
+    assert check_channels(model, 2, 4, 4) == 8 and bits(model.last.weight == 0) == [1, 1] + [0]*6
+
+
+@pytest.mark.parametrize('cat', [lambda *xs: torch.cat(xs, 1), lambda *xs: torch.cat(xs, dim=1), lambda *xs: torch.cat(list(xs), dim=1)])
+def test_concatenation_as_in_densenet(cat):
+    def forward(m, x):
+        x = m.stem(x)
+        for i in (1, 2): x = cat(x, m.get_submodule(f'conv{i}')(F.relu(m.get_submodule(f'bn{i}')(x))))
+        return m.bn3(x)
+    model = Net(forward, stem=nn.Conv2d(2, 4, 1), conv1=nn.Conv2d(4, 4, 3, padding=1), conv2=nn.Conv2d(8, 4, 3, padding=1), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(8), bn3=nn.BatchNorm2d(12))
+    sparsify(model)
+    assert check_channels(model, 2, 4, 4) == 2 + 4 + 6
+    assert torch.equal(model.bn3.weight == 0, torch.cat([dead(model.stem), dead(model.conv1), dead(model.conv2)]))
+
+
+def test_a_concatenation_with_something_unknown_leaves_that_part_alone():
+    model = Net(lambda m, x: m.bn(torch.cat([x, m.conv(x)], 1)), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(6))
+    sparsify(model)
+    check = (model.bn.weight == 0)
+    assert not check[:2].any() and not (check[2:] & ~dead(model.conv)).any()
+
+
+def test_a_shared_batchnorm_loses_what_is_dead_everywhere():
+    model = Net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=nn.Conv2d(2, 4, 1), b=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+    for c, weights in ((model.a, [1, 2, 3, 4]), (model.b, [1, 4, 3, 2])): c.weight.data.copy_(torch.tensor(weights).view(4, 1, 1, 1).expand(4, 2, 1, 1))
+    sparsify(model)
+    assert bits(model.bn.weight == 0) == [1, 0, 0, 0] == bits(model.bn.bias == 0)
+
+
+@pytest.mark.parametrize('forward', [lambda m, x: m.bn(m.conv(x)) + m.bn(x), lambda m, x: m.bn(m.conv(m.bn(x))), lambda m, x: m.bn(m.conv(x)) + m.bn(torch.sigmoid(m.conv(x)))])
+def test_a_shared_batchnorm_that_also_sees_something_unknown_is_left_alone(forward):
+    model = Net(forward, conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    sparsify(model)
+    assert (model.bn.weight != 0).all()
+
+
+def test_a_convolution_used_twice():
+    model = Net(lambda m, x: m.bn1(m.conv(x)) + m.bn2(m.conv(x*2)), conv=nn.Conv2d(2, 4, 1), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(4))
+    sparsify(model)
+    assert check_channels(model, 2, 3, 3) == 4
+
+
+def test_one_output_into_two_norms():
+    model = Net(lambda m, x: (lambda y: m.bn1(y) + m.bn2(y))(m.conv(x)), conv=nn.Conv2d(2, 4, 1), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(4))
+    sparsify(model)
+    assert check_channels(model, 2, 3, 3) == 4
+
+
+def test_shared_weights_with_a_bias_each():
+    model = Net(lambda m, x: m.a(x) + m.b(x), a=nn.Conv2d(2, 4, 1), b=nn.Conv2d(2, 4, 1))
+    model.b.weight = model.a.weight
+    sparsify(model)
+    assert torch.equal(model.a.bias == 0, dead(model.a)) and torch.equal(model.b.bias == 0, dead(model.a))
+
+
+def test_a_shared_bias_loses_what_is_dead_everywhere():
+    model = Net(lambda m, x: m.a(x) + m.b(x), a=nn.Conv2d(2, 4, 1), b=nn.Conv2d(2, 4, 1))
+    model.b.bias = model.a.bias
+    for c, weights in ((model.a, [1, 2, 3, 4]), (model.b, [1, 4, 3, 2])): c.weight.data.copy_(torch.tensor(weights).view(4, 1, 1, 1).expand(4, 2, 1, 1))
+    sparsify(model)
+    assert bits(model.a.bias == 0) == [1, 0, 0, 0]
+
+
+def test_batchnorm_without_affine():
+    "Its running mean follows, so that it puts out 0 in eval too"
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4))
+    s = sparsify(model)
+    assert '1.running_mean' in names(s) and '4.running_mean' not in names(s)
+    model.eval()
+    with torch.no_grad(): assert silent(model[:2](torch.randn(2, 2, 3, 3)))[dead(model[0])].all()
+    assert check_channels(model, 2, 3, 3) >= 5 and bits(model[1].running_mean == 0) == bits(dead(model[0]))
+
+
+def test_batchnorm_without_affine_or_statistics():
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6, affine=False, track_running_stats=False))
+    sparsify(model)
+    assert check_channels(model, 2, 3, 3) == 3
+
+
+@pytest.mark.parametrize('flatten', [lambda x: x.flatten(1), lambda x: x.flatten(start_dim=1), lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1), lambda x: x.reshape(x.shape[0], -1)])
+def test_flatten_into_a_batchnorm_of_features(flatten):
+    "Each channel has become four features"
+    model = Net(lambda m, x: m.bn(flatten(m.conv(x))), conv=nn.Conv2d(2, 4, 2), bn=nn.BatchNorm1d(16))
+    sparsify(model)
+    assert check_channels(model, 2, 3, 3) == 8 and bits(model.bn.weight == 0) == bits(dead(model.conv).repeat_interleave(4))
+
+
+def test_flatten_as_a_module():
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.Flatten(), nn.BatchNorm1d(16))
+    sparsify(model)
+    assert check_channels(model, 2, 3, 3) == 8
+
+
+def test_other_ways_to_flatten_are_not_guessed_at():
+    "Features of one channel lie apart, or it cannot be known"
+    for flatten in (lambda x: x.permute(0, 2, 3, 1).flatten(1), lambda x: x.transpose(1, 2).reshape(x.shape[0], -1), lambda x: x.flatten(2).mean(1).repeat(1, 4)):
+        model = Net(lambda m, x: m.bn(flatten(m.conv(x))), conv=nn.Conv2d(2, 4, 2), bn=nn.BatchNorm1d(16))
+        sparsify(model)
+        assert (model.bn.weight != 0).all()
+
+
+@pytest.mark.parametrize('pool', [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout(.3), nn.Upsample(scale_factor=2), nn.GELU(), nn.LeakyReLU(), nn.Hardswish(), nn.Tanh()])
+def test_what_keeps_zero_at_zero_is_passed_through(pool):
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), pool, nn.BatchNorm2d(6))
+    sparsify(model)
+    assert check_channels(model, 2, 4, 4) == 3
+
+
+@pytest.mark.parametrize('act', [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.Softmax(1), nn.ConstantPad2d(1, 1.), nn.ChannelShuffle(2)])
+def test_what_does_not_ends_the_way(act):
+    "0 becomes something else, or goes elsewhere"
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), act, nn.BatchNorm2d(6))
+    sparsify(model)
+    check_channels(model, 2, 4, 4, direct=True)
+    assert (model[2].weight != 0).all()
+
+
+@pytest.mark.parametrize('op', [lambda x: x + 1, lambda x: 1 - x, torch.sigmoid, lambda x: x.permute(0, 1, 3, 2).exp(), lambda x: x.flip(1), lambda x: x[:, [1, 0, 3, 2]], lambda x: torch.roll(x, 1, 1), lambda x: x.transpose(1, 2)])
+def test_an_operation_that_moves_channels_or_zeros_ends_the_way(op):
+    model = Net(lambda m, x: m.bn(op(m.conv(x))), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+    sparsify(model, 25)
+    check_channels(model, 2, 4, 4, direct=True)
+
+
+@pytest.mark.parametrize('op', [lambda x: x.add_(1), lambda x: x.sigmoid_(), lambda x: torch.sigmoid_(x), lambda x: x.__setitem__((slice(None), 0), 1.)])
+def test_what_is_written_into_a_tensor_counts_though_nobody_takes_the_result(op):
+    model = Net(lambda m, x: (lambda y: (op(y), m.bn(y))[1])(m.conv(x)), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+    model.conv.weight.data[0] = 1e-3
+    sparsify(model)
+    assert model.bn.weight[0] != 0
+
+
+@pytest.mark.parametrize('op', [lambda x: x*2, lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), lambda x: x.relu(), lambda x: F.max_pool2d(x, 2), lambda x: F.dropout(x, .1), lambda x: F.interpolate(x, scale_factor=2)])
+def test_an_operation_that_keeps_zeros_goes_on(op):
+    model = Net(lambda m, x: m.bn(op(m.conv(x))), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+    sparsify(model)
+    assert check_channels(model, 2, 4, 4) == 2
+
+
+@pytest.mark.parametrize('conv,bn,shape', [
+    (nn.Conv1d(2, 6, 2), nn.BatchNorm1d(6), (2, 5)), (nn.Conv3d(2, 6, 2), nn.BatchNorm3d(6), (2, 3, 3, 3)), (nn.ConvTranspose1d(2, 6, 2), nn.BatchNorm1d(6), (2, 5)),
+    (nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), (4, 3, 3)), (nn.ConvTranspose3d(2, 6, 2), nn.BatchNorm3d(6), (2, 3, 3, 3)), (nn.Conv2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), (4, 3, 3)),
+    (nn.Conv2d(3, 6, 2, groups=3), nn.BatchNorm2d(6), (3, 3, 3)), (nn.Conv2d(2, 6, 2), nn.GroupNorm(2, 6), (2, 3, 3)), (nn.Conv2d(2, 6, 2, bias=False), nn.SyncBatchNorm(6).eval(), (2, 3, 3))])
+def test_every_layer_and_norm(conv, bn, shape):
+    model = nn.Sequential(conv, bn)
+    s = sparsify(model)
+    assert torch.equal(bn.weight == 0, dead(conv)) and torch.equal(bn.bias == 0, dead(conv)) and int(dead(conv).sum()) == 3
+    if not isinstance(bn, nn.SyncBatchNorm): assert check_channels(model, *shape) == 3
+    assert s.untraced is None
+
+
+def test_linear_rows_take_bias_and_batchnorm():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4), nn.BatchNorm1d(4))
+    s = sparsify(model, granularity='row')
+    assert names(s) == ['0.bias', '1.bias', '1.weight', '3.bias', '4.bias', '4.weight'] and check_channels(model, 4) == 5
+
+
+def test_linear_columns_take_nothing():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    assert names(sparsify(model, granularity='column')) == [] and (model[0].bias != 0).all()
+
+
+def test_what_is_not_pruned_has_no_followers():
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    assert names(sparsify(model, exclude='0')) == ['2.bias', '3.bias', '3.weight'] and (model[1].weight != 0).all()
+
+
+class Standardized(nn.Conv2d):
+    "Nobody can know what it does to its weight"
+    def forward(self, x): return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_guessed_at():
+    model = nn.Sequential(Standardized(2, 4, 1), nn.BatchNorm2d(4))
+    sparsify(model)
+    assert (model[1].weight != 0).all()
+
+
+# what cannot be traced
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        if x.sum() > 0: return self.bn(self.conv(x))
+        return self.bn(-self.conv(x))
+
+
+class Uncopyable(nn.Sequential):
+    def __deepcopy__(self, memo): raise RuntimeError('never\ncopy me')
+
+
+def test_where_the_flow_cannot_be_traced_nothing_is_guessed_and_the_report_says_so():
+    model = Branch()
+    s = sparsify(model)
+    assert 'TraceError' in s.untraced and (model.bn.weight != 0).all() and torch.equal(model.conv.bias == 0, dead(model.conv))
+    assert 'The data flow could not be traced, so no BatchNorm follows the pruned outputs (TraceError: ' in str(s.report())
+    assert 'traced' not in str(Sparsifier(model, 'weight').report()), 'single weights need no trace'
+
+
+def test_the_reason_is_one_line():
+    _, why = find_followers(m := Uncopyable(nn.Conv2d(2, 4, 1)), {'0.weight': m[0]})
+    assert why == 'RuntimeError: never'
+
+
+def test_a_traceable_model_has_no_note():
+    assert 'traced' not in str(sparsify(nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))).report())
+
+
+def test_find_followers_by_hand():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3))
+    found, why = find_followers(model, {'0.weight': model[0]})
+    assert why is None and sorted(f.name for f in found) == ['0.bias', '1.bias', '1.weight']
+    for f in found:
+        assert f.tensor is model.get_parameter(f.name)
+        assert bits(f.mask({'0.weight': torch.tensor([1, 0, 1]).bool()})) == [1, 0, 1]
+
+
+# models that people use
+
+@pytest.mark.parametrize('name', ['resnet18', 'densenet121', 'mobilenet_v2'])
+def test_pruned_channels_of_torchvision_models_put_out_zero(name):
+    import torchvision
+    model = getattr(torchvision.models, name)(weights=None, num_classes=5)
+    s = sparsify(model, 50)
+    assert s.untraced is None
+    assert check_channels(model, 3, 32, 32, direct=name == 'mobilenet_v2') >= sum(int(dead(t.layer).sum()) for t in s.targets.values())

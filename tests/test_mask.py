@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from core_helpers import bits
+from fastsparse.mask import MaskHolder, ZeroHolder, apply_mask, keep_mask, kth_lowest
+
+
+@pytest.mark.parametrize('scores,k,expected', [
+    ([1, 2, 3, 4], 0, [1, 1, 1, 1]),
+    ([1, 2, 3, 4], 1, [0, 1, 1, 1]),
+    ([4, 3, 2, 1], 2, [1, 1, 0, 0]),
+    ([1, 2, 3, 4], 4, [0, 0, 0, 0]),
+    ([5, 5, 5, 5], 2, [0, 0, 1, 1]),
+    ([5, 1, 5, 5], 2, [0, 0, 1, 1]),
+    ([5, 1, 5, 5], 3, [0, 0, 0, 1]),
+    ([2, 1, 2, 1], 1, [1, 0, 1, 1]),
+    ([2, 1, 2, 1], 3, [0, 0, 1, 0]),
+    ([0., -0., 1, 0.], 1, [0, 1, 1, 1]),
+    ([-torch.inf, torch.inf, 0, -torch.inf], 1, [0, 1, 1, 1]),
+    ([-torch.inf, torch.inf, 0, -torch.inf], 3, [0, 1, 0, 0]),
+    ([torch.inf]*3, 1, [0, 1, 1]),
+    ([7], 0, [1]), ([7], 1, [0])])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_keep_all_but_the_lowest_of_ties_the_first_go_first(scores, k, expected, dtype):
+    scores = torch.tensor(scores, dtype=dtype)
+    assert bits(keep_mask(scores, k)) == expected
+    assert bits(keep_mask(scores[None], k)) == [expected]
+
+
+def test_each_row_competes_for_itself():
+    scores = torch.tensor([[1., 2, 3, 4], [9, 8, 7, 6], [5, 5, 5, 5], [0, 1, 0, 1]])
+    assert bits(keep_mask(scores, 2)) == [[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize('k', [-1, 5])
+def test_more_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match=f'cannot lose {k} of 4'): keep_mask(torch.ones(4), k)
+
+
+def test_the_scores_are_left_alone():
+    scores = torch.tensor([3., 1, 2])
+    keep_mask(scores, 2)
+    assert scores.tolist() == [3, 1, 2]
+
+
+LARGE = 270_000 # enough for the sample to be used
+SCORES = dict(
+    random=lambda: torch.randn(LARGE).abs(),
+    bf16=lambda: torch.randn(LARGE).abs().bfloat16(),
+    fp16=lambda: torch.randn(LARGE).abs().half(),
+    equal=lambda: torch.full((LARGE,), .5),
+    two_values=lambda: torch.randint(0, 2, (LARGE,)).float(),
+    rising=lambda: torch.arange(LARGE).float(),
+    falling=lambda: -torch.arange(LARGE).float(),
+    pruned=lambda: torch.where(torch.rand(LARGE) < .6, -torch.inf, torch.randn(LARGE)),
+    periodic=lambda: torch.arange(LARGE).remainder(4).float(), # every 4th looks alike: the sample sees one value only
+    one_apart=lambda: torch.zeros(LARGE).index_fill_(0, torch.tensor([7]), -1.))
+
+
+@pytest.mark.parametrize('name', SCORES)
+def test_many_scores_are_selected_as_a_stable_sort_would(name):
+    scores = SCORES[name]()
+    order = scores.sort(stable=True).indices
+    for k in (1, LARGE//2, LARGE*9//10+1, LARGE-1): assert torch.equal(keep_mask(scores, k), torch.ones(LARGE).index_fill_(0, order[:k], 0).bool()), k
+
+
+@pytest.mark.parametrize('sample', [1, 4, 64])
+@pytest.mark.parametrize('name', ['random', 'equal', 'rising', 'falling', 'periodic', 'one_apart', 'pruned'])
+def test_kth_lowest_of_several_tensors_with_any_sample(name, sample):
+    scores = SCORES[name]()[:2000]
+    parts = [scores[:1], scores[1:700].view(3, 233), scores[700:]]
+    expected = scores.sort().values
+    for k in (1, 2, 17, 1000, 1999, 2000): assert kth_lowest(parts, k, 2000, sample) == expected[k-1]
+
+
+# writing the zeros
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_whatever_stood_there_is_plus_zero(dtype):
+    t = torch.tensor([1, -1, torch.nan, -torch.inf, torch.inf, -0., 3], dtype=dtype)
+    apply_mask(t, torch.tensor([0, 0, 0, 0, 0, 0, 1]).bool())
+    assert t.tolist() == [0, 0, 0, 0, 0, 0, 3] and not t.signbit().any()
+
+
+def test_what_is_kept_keeps_its_bits():
+    t = torch.tensor([torch.nan, -0., torch.inf, -1e-45])
+    before = t.view(torch.int32).tolist()
+    apply_mask(t, torch.ones(4, dtype=torch.bool))
+    assert t.view(torch.int32).tolist() == before
+
+
+def test_a_parameter_is_changed_in_place():
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    there = p.data_ptr()
+    apply_mask(p, torch.tensor([1, 0, 1]).bool())
+    assert p.tolist() == [1, 0, 1] and p.data_ptr() == there and p.requires_grad and p.is_leaf and p.grad.tolist() == [1, 1, 1]
+
+
+def test_memory_formats_and_views():
+    t = torch.ones(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    mask = torch.rand(t.shape) > .5
+    apply_mask(t, mask)
+    assert torch.equal(t, mask.float()) and t.is_contiguous(memory_format=torch.channels_last)
+    base = torch.ones(4, 4)
+    apply_mask(base.t()[1:3], torch.zeros(2, 4).bool())
+    assert base.tolist() == [[1, 0, 0, 1]]*4
+
+
+# keeping them
+
+class One(MaskHolder):
+    def __init__(self, t, *mask): self.t, self.mask = t, torch.tensor(mask).bool()
+    def pairs(self): yield self.t, self.mask
+
+
+def test_a_holder_masks_tensor_gradient_and_optimizer_state():
+    p = torch.nn.Parameter(torch.tensor([1., torch.nan, 3]))
+    p.grad = torch.tensor([4., torch.inf, 6])
+    state = dict(momentum=torch.tensor([1., torch.nan, 3]), step=torch.tensor(5.), count=torch.tensor([1, 2, 3]), other=torch.ones(2), name='x')
+    holder = One(p, 1, 0, 1)
+    holder.apply_masks(), holder.mask_gradients(), holder.mask_state(lambda t: state if t is p else {})
+    assert p.tolist() == [1, 0, 3] and p.grad.tolist() == [4, 0, 6] and state['momentum'].tolist() == [1, 0, 3]
+    assert state['step'] == 5 and state['count'].tolist() == [1, 2, 3] and state['other'].tolist() == [1, 1]
+
+
+def test_no_gradient_and_no_state_are_fine():
+    holder = One(torch.nn.Parameter(torch.ones(2)), 0, 1)
+    holder.mask_gradients(), holder.mask_state(lambda t: {})
+    assert holder.t.tolist() == [1, 1] and holder.t.grad is None
+
+
+def test_a_holder_of_zeros_holds_what_is_zero_when_it_is_made():
+    "But not tensors that are zero altogether, such as fresh biases"
+    layer = torch.nn.Linear(3, 2)
+    layer.weight.data.copy_(torch.tensor([[1., 0, 3], [-0., 5, 6]]))
+    layer.bias.data.zero_()
+    holder = ZeroHolder(layer)
+    for p in layer.parameters(): p.data.fill_(7)
+    holder.apply_masks()
+    assert layer.weight.tolist() == [[7, 0, 7], [0, 7, 7]] and layer.bias.tolist() == [7, 7] and [t is layer.weight for t, _ in holder.pairs()] == [True]
