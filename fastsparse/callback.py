@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/11_callback.ipynb #5e2d7dc1
+# %% ../nbs/11_callback.ipynb #3c1df1c4
 import inspect, sys, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier, SparsityWarning, check_request
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/11_callback.ipynb #42a10ce0
+# %% ../nbs/11_callback.ipynb #d56e5d8f
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = Recorder.order+1,('_holder',)
@@ -76,7 +76,7 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/11_callback.ipynb #9a04ca6b
+# %% ../nbs/11_callback.ipynb #d1069a04
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -93,7 +93,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/11_callback.ipynb #1d8282d2
+# %% ../nbs/11_callback.ipynb #e8d311ae
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot')
@@ -106,6 +106,7 @@ class SparsifyCallback(HoldingCallback):
         schedule=agp, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
+        update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all
         layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense
         lth:bool=False, # Rewind the weights after each round (Frankle & Carbin 2019); needs a schedule with rounds
@@ -117,6 +118,7 @@ class SparsifyCallback(HoldingCallback):
         check_request(sparsity, granularity, method, round_to)
         for what,selector in (('layers',layers), ('exclude',exclude)):
             if selector is not None: check_selector(selector, what)
+        if update_every is not None and (type(update_every) is not int or update_every < 1): raise ValueError(f"update_every={update_every!r} has to be a whole number of batches, at least 1; or None for about 100 updates in all")
         if type(rewind_epoch) is not int or rewind_epoch < 0: raise ValueError(f"rewind_epoch={rewind_epoch!r} has to be the number of an epoch, from 0")
         if not isinstance(save_tickets, (bool,str,Path)): raise ValueError(f"save_tickets={save_tickets!r} has to be True, False or the path of a folder")
         if lth and not schedule.rounds:
@@ -196,8 +198,14 @@ class SparsifyCallback(HoldingCallback):
         if self.training:
             if self.iter == 0: self._n_batches = _batches(self.learn)
             self._trained = True
-            if not self._waits: self._go_to(self._position)
+            if not self._waits and self._due(): self._go_to(self._position)
         super().before_batch()
+
+    def _due(self): # a function of the position alone, so that a resumed run updates where an uninterrupted one does
+        if self.schedule.rounds or self.schedule(self._position) == self.schedule(1.): return True
+        total = self.n_epoch*self._n_batches
+        every = self.update_every or max(round(total*(self.schedule.end_pct - self.schedule.start_pct)/100), 1)
+        return (self.epoch*self._n_batches + self.iter) % every == 0
 
     def _go_to(self, position):
         progress = self.schedule(position)

@@ -7,11 +7,11 @@ Docs: https://fastsparse.github.io/fastsparse/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_learner', 'folder_learner', 'demo', 'main']
 
-# %% ../nbs/12_demo.ipynb #17b02945
+# %% ../nbs/12_demo.ipynb #bf532257
 from pathlib import Path
 from fastcore.script import call_parse
 
-# %% ../nbs/12_demo.ipynb #87a54299
+# %% ../nbs/12_demo.ipynb #1a7d0c8c
 def digits_learner(
     seed:int=0, # Of the split and the weights
 ): # A fastai Learner
@@ -36,7 +36,7 @@ def digits_learner(
     model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/12_demo.ipynb #9727d477
+# %% ../nbs/12_demo.ipynb #5e512887
 def _check_folder(data):
     "The folder of validation images under `data`; a ValueError says what is wrong with the layout"
     layout = "it needs train/<class>/*.jpg and test/<class>/*.jpg (or valid/), as untar_data(URLs.CIFAR) makes them"
@@ -72,10 +72,10 @@ def folder_learner(
     if not images: raise ValueError(f"no image was found under {data/'train'}")
     if size is None: size = min(*PILImage.create(images[0]).size, 224)
     set_seed(seed, reproducible=True)
-    dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=bs, num_workers=2)
+    dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=min(bs, len(images)), num_workers=2)
     return Learner(dls, resnet18(weights=None, num_classes=dls.c), metrics=accuracy)
 
-# %% ../nbs/12_demo.ipynb #e8442f34
+# %% ../nbs/12_demo.ipynb #596dd6a6
 def _pictures(out, before, after, cb):
     import matplotlib
     matplotlib.use('Agg')
