@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/11_callback.ipynb #3c1df1c4
+# %% ../nbs/11_callback.ipynb #3b32e57a
 import inspect, sys, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
-import fastai.callback.schedule # adds fine_tune to Learner
+import fastai.callback.schedule # noqa: F401 (adds fine_tune to Learner)
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 import numpy as np
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier, SparsityWarning, check_request
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/11_callback.ipynb #d56e5d8f
+# %% ../nbs/11_callback.ipynb #833099bf
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = Recorder.order+1,('_holder',)
@@ -76,7 +76,7 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/11_callback.ipynb #d1069a04
+# %% ../nbs/11_callback.ipynb #22458a1e
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -93,7 +93,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/11_callback.ipynb #e8d311ae
+# %% ../nbs/11_callback.ipynb #bc152378
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot')

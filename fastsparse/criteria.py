@@ -10,12 +10,12 @@ __all__ = ['EVIDENCE', 'evidence', 'criterion', 'available_criteria', 'as_criter
            'small_init_small_final', 'magnitude_increase', 'movement', 'movmag', 'updating_magnitude_increase',
            'updating_movement', 'updating_movmag']
 
-# %% ../nbs/01_criteria.ipynb #7c2f3072
+# %% ../nbs/01_criteria.ipynb #48dbaefa
 import inspect
 from typing import Callable
 import torch
 
-# %% ../nbs/01_criteria.ipynb #c6e006d0
+# %% ../nbs/01_criteria.ipynb #6ddb373f
 EVIDENCE = ('initial', 'previous', 'generator')
 
 def evidence(
@@ -32,7 +32,7 @@ def evidence(
 
 def _name(criteria): return getattr(criteria, '__name__', repr(criteria))
 
-# %% ../nbs/01_criteria.ipynb #e7995d53
+# %% ../nbs/01_criteria.ipynb #37f3ce39
 _criteria:dict[str,Callable] = {}
 
 def criterion(
@@ -57,7 +57,7 @@ def as_criterion(
     evidence(value)
     return value
 
-# %% ../nbs/01_criteria.ipynb #57d21fb6
+# %% ../nbs/01_criteria.ipynb #35e92ff3
 @criterion
 def random_score(w:torch.Tensor, generator:torch.Generator) -> torch.Tensor:
     "Uniform in [0, 1): the baseline of every comparison"
@@ -68,17 +68,19 @@ def large_final(w:torch.Tensor) -> torch.Tensor:
     "|w|: keep the largest (Han et al. 2015, section 3; `large_final` in Zhou et al. 2019, section 2)"
     return w.abs()
 
+def _wide(w): return w.float() if w.element_size() == 2 else w # products of 16-bit numbers vanish
+
 @criterion
 def squared_final(w:torch.Tensor) -> torch.Tensor:
     "w²: like `large_final` for single weights, by energy for groups (Li et al. 2017 rank filters by their norm, section 3.1)"
-    return w.float().square() if w.dtype in (torch.float16, torch.bfloat16) else w.square()
+    return _wide(w).square()
 
 @criterion
 def small_final(w:torch.Tensor) -> torch.Tensor:
     "-|w|: keep the smallest, a control (Zhou et al. 2019, section 2)"
     return -w.abs()
 
-# %% ../nbs/01_criteria.ipynb #7d4cde08
+# %% ../nbs/01_criteria.ipynb #90bed011
 @criterion
 def large_init(w:torch.Tensor, initial:torch.Tensor) -> torch.Tensor:
     "|w0| (Zhou et al. 2019, section 2)"
@@ -112,9 +114,9 @@ def movement(w:torch.Tensor, initial:torch.Tensor) -> torch.Tensor:
 @criterion
 def movmag(w:torch.Tensor, initial:torch.Tensor) -> torch.Tensor:
     "|w (w - w0)|: far from zero and far from where it began"
-    return (w * (w - initial)).abs()
+    return (_wide(w) * _wide(w - initial)).abs()
 
-# %% ../nbs/01_criteria.ipynb #1daab6d7
+# %% ../nbs/01_criteria.ipynb #99237589
 @criterion
 def updating_magnitude_increase(w:torch.Tensor, previous:torch.Tensor) -> torch.Tensor:
     "|w| - |w at the previous mask update|"

@@ -7,16 +7,16 @@ Docs: https://fastsparse.github.io/fastsparse/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_learner', 'folder_learner', 'demo', 'main']
 
-# %% ../nbs/12_demo.ipynb #bf532257
+# %% ../nbs/12_demo.ipynb #7bdc246e
 from pathlib import Path
 from fastcore.script import call_parse
 
-# %% ../nbs/12_demo.ipynb #1a7d0c8c
+# %% ../nbs/12_demo.ipynb #ce0aa7a4
 def digits_learner(
     seed:int=0, # Of the split and the weights
 ): # A fastai Learner
     "A small convolutional network on scikit-learn's handwritten digits, 8×8 grey pixels in 10 classes"
-    import fastai.callback.progress, fastai.callback.schedule # the table, and fit_one_cycle
+    import fastai.callback.progress, fastai.callback.schedule # noqa: F401 (the table, and fit_one_cycle)
     import torch
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
@@ -36,7 +36,7 @@ def digits_learner(
     model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/12_demo.ipynb #5e512887
+# %% ../nbs/12_demo.ipynb #c9658595
 def _check_folder(data):
     "The folder of validation images under `data`; a ValueError says what is wrong with the layout"
     layout = "it needs train/<class>/*.jpg and test/<class>/*.jpg (or valid/), as untar_data(URLs.CIFAR) makes them"
@@ -58,7 +58,7 @@ def folder_learner(
     seed:int=0, # Of the weights and the order
 ): # A fastai Learner
     "A torchvision ResNet-18, untrained, on a folder of images"
-    import fastai.callback.progress, fastai.callback.schedule # the table, and fit_one_cycle
+    import fastai.callback.progress, fastai.callback.schedule # noqa: F401 (the table, and fit_one_cycle)
     from fastai.data.transforms import get_image_files
     from fastai.learner import Learner
     from fastai.metrics import accuracy
@@ -75,7 +75,7 @@ def folder_learner(
     dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=min(bs, len(images)), num_workers=2)
     return Learner(dls, resnet18(weights=None, num_classes=dls.c), metrics=accuracy)
 
-# %% ../nbs/12_demo.ipynb #596dd6a6
+# %% ../nbs/12_demo.ipynb #abfe8feb
 def _pictures(out, before, after, cb):
     import matplotlib
     matplotlib.use('Agg')

@@ -7,15 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/dependants.html.md"""
 # %% auto #0
 __all__ = ['Follower', 'find_followers']
 
-# %% ../nbs/06_dependants.ipynb #9de07aac
-import copy, operator
+# %% ../nbs/06_dependants.ipynb #aaca0534
+import copy
 from dataclasses import dataclass
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from .granularity import layer_type, output_groups
 
-# %% ../nbs/06_dependants.ipynb #703528c6
+# %% ../nbs/06_dependants.ipynb #5f80a068
 @dataclass
 class _Channels:
     "For each channel of a tensor: the filters that have to be zero for it to be zero; None where nothing makes it zero"
@@ -35,13 +34,19 @@ _zero_to_zero_names = {'relu','relu_','relu6','leaky_relu','leaky_relu_','elu','
     'avg_pool1d','avg_pool2d','avg_pool3d','adaptive_avg_pool1d','adaptive_avg_pool2d','adaptive_avg_pool3d','adaptive_max_pool1d','adaptive_max_pool2d','adaptive_max_pool3d',
     'contiguous','clone','float','half','to','interpolate'}
 
-def _native(m, name='forward'): return getattr(type(m), name).__module__.startswith('torch.')
+_in_place = ('iadd','isub','imul','itruediv','setitem')
+
+def _native(m): return type(m).forward.__module__.startswith('torch.')
+
+def _require(found, tensor, needs): # in addition to what other uses of the same tensor need
+    old = found.get(id(tensor), [frozenset()]*len(needs))
+    found[id(tensor)] = [a | b if a is not None and b is not None else None for a,b in zip(old, needs)]
 
 def _join(a, b):
     if a is None or b is None or (a.dim, a.flat, len(a.needs)) != (b.dim, b.flat, len(b.needs)): return None
     return _Channels([x | y if x is not None and y is not None else None for x,y in zip(a.needs, b.needs)], a.dim, a.flat)
 
-# %% ../nbs/06_dependants.ipynb #1f03cabf
+# %% ../nbs/06_dependants.ipynb #9c405ae3
 class _Flow:
     "Follow the channels of the filters in `names` through a traced model"
     def __init__(self, model, names):
@@ -53,30 +58,30 @@ class _Flow:
         for node in graph.nodes:
             arg = self.at.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
             if node.op == 'call_module': self.at[node] = self._module(twin.get_submodule(node.target), arg)
-            elif node.op in ('call_function','call_method'): self.at[node] = self._function(node, getattr(node.target, '__name__', node.target), arg)
+            elif node.op in ('call_function','call_method'):
+                name = getattr(node.target, '__name__', node.target)
+                self.at[node] = self._function(node, name, arg)
+                if (name.endswith('_') or name in _in_place) and isinstance(node.args[0], fx.Node): self.at[node.args[0]] = self.at[node]
 
     def _module(self, m, x):
         if layer_type(m) is not None:
             out = output_groups(m)
             if out is None: return None
-            name = self.names.get(id(m.weight)) if _native(m) else None
+            name = self.names.get(id(m._parameters.get('weight'))) if _native(m) else None
             return _Channels([frozenset([(name,i)]) if name else None for i in range(out.n)], -1 if isinstance(m, nn.Linear) else 1)
         if isinstance(m, _norms): return self._norm(m, x)
         if isinstance(m, nn.Flatten) and (m.start_dim, m.end_dim) == (1, -1): return self._flatten(x)
         return x if isinstance(m, _zero_to_zero) and _native(m) else None
 
     def _norm(self, m, x):
-        if x is None: return None
         size = getattr(m, 'num_features', getattr(m, 'num_channels', None))
-        times,rest = divmod(size, len(x.needs))
-        if rest or (times > 1 and not x.flat): return None
-        needs = [n for n in x.needs for _ in range(times)]
+        times,rest = divmod(size, len(x.needs)) if x else (0, 0)
+        fits = x is not None and not rest and (times == 1 or x.flat)
+        needs = [n for n in x.needs for _ in range(times)] if fits else [None]*size
         if m.weight is None and isinstance(m, nn.GroupNorm): return None # without a weight it mixes its channels
         for attr in ('weight','bias') if m.weight is not None else ('running_mean',):
-            if getattr(m, attr, None) is None: continue
-            old = self.found.get((id(getattr(m, attr))))
-            self.found[id(getattr(m, attr))] = needs if old is None else [a | b if a is not None and b is not None else None for a,b in zip(old, needs)]
-        return _Channels(needs, 1, x.flat) if _native(m) else None
+            if getattr(m, attr, None) is not None: _require(self.found, getattr(m, attr), needs)
+        return _Channels(needs, 1, x.flat) if fits and _native(m) else None
 
     def _flatten(self, x): return x and _Channels(x.needs, 1 if x.dim == 1 else -1, x.dim == 1)
 
@@ -97,7 +102,7 @@ class _Flow:
         if any(p is None or p.flat or p.dim != parts[0].dim for p in parts) or dim != parts[0].dim: return None
         return _Channels([n for p in parts for n in p.needs], dim)
 
-# %% ../nbs/06_dependants.ipynb #10ffa1c6
+# %% ../nbs/06_dependants.ipynb #7083a41c
 @dataclass
 class Follower:
     "A tensor with one entry for each channel, to be zero where its channel is pruned"
@@ -140,9 +145,9 @@ def find_followers(
     except Exception as e: # tracing runs the user's forward: it can fail in any way, and then nothing is guessed
         found,why = {},f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
     for m in model.modules():
-        name = names.get(id(getattr(m, 'weight', None)))
+        name = names.get(id(m._parameters.get('weight')))
         if name and layer_type(m) is not None and getattr(m, 'bias', None) is not None:
-            found[id(m.bias)] = [frozenset([(name,i)]) for i in range(len(m.bias))]
+            _require(found, m.bias, [frozenset([(name,i)]) for i in range(len(m.bias))])
     owners = {id(t): (f'{prefix}.{attr}' if prefix else attr, m, attr) for prefix,m in model.named_modules()
               for attr,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]}
     followers = [_follower(*owners[key], needs) for key,needs in found.items() if key in owners]

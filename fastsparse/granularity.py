@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 __all__ = ['LayerType', 'register_layer', 'layer_type', 'available_granularities', 'Groups', 'Granularity', 'NMGroups', 'NM',
            'as_granularity', 'output_groups']
 
-# %% ../nbs/00_granularity.ipynb #6b3b1b2a
+# %% ../nbs/00_granularity.ipynb #b240201f
 import re
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-# %% ../nbs/00_granularity.ipynb #003da877
+# %% ../nbs/00_granularity.ipynb #c7f41ece
 def _conv_granularities(
     spatial:str, # The spatial axes of a kernel, such as 'kh kw'
 ) -> dict[str,str]: # Name to kept axes
@@ -28,7 +28,7 @@ def _conv_granularities(
     drops['layer'] = f'out in {spatial}'
     return {name: ' '.join(a for a in axes if a not in d.split()) for name,d in drops.items() if set(d.split()) <= set(axes)}
 
-# %% ../nbs/00_granularity.ipynb #8a140876
+# %% ../nbs/00_granularity.ipynb #3939b715
 @dataclass(frozen=True)
 class LayerType:
     "What is known of one class of layers"
@@ -49,7 +49,7 @@ def register_layer(
             raise ValueError(f"granularity {name!r} of {cls.__name__} keeps {sorted(unknown)}, but its axes are {list(axes)}")
     _layer_types[cls] = LayerType(axes, dict(granularities))
 
-# %% ../nbs/00_granularity.ipynb #245f4f3d
+# %% ../nbs/00_granularity.ipynb #dc8d5ace
 for d,spatial in {2: 'kh kw', 1: 'k', 3: 'kd kh kw'}.items():
     register_layer(getattr(nn, f'Conv{d}d'), f'out in {spatial}', _conv_granularities(spatial))
     register_layer(getattr(nn, f'ConvTranspose{d}d'), f'in out {spatial}', _conv_granularities(spatial))
@@ -62,7 +62,7 @@ def layer_type(
     cls = layer if isinstance(layer, type) else type(layer)
     return next((_layer_types[c] for c in cls.__mro__ if c in _layer_types), None)
 
-# %% ../nbs/00_granularity.ipynb #b6d03048
+# %% ../nbs/00_granularity.ipynb #0dd246c3
 def available_granularities(
     layer:nn.Module|type|None=None, # A layer or a class of layers; None for all that is registered
 ) -> list[str]: # Names, in the order of their registration
@@ -75,7 +75,7 @@ def available_granularities(
 def _cls_name(layer): return (layer if isinstance(layer, type) else type(layer)).__name__
 def _known_types(): return f"Prunable types: {', '.join(c.__name__ for c in _layer_types)}"
 
-# %% ../nbs/00_granularity.ipynb #fbbd535b
+# %% ../nbs/00_granularity.ipynb #7d9e8061
 @dataclass(frozen=True)
 class Groups:
     "The groups of one weight tensor: those weights that agree on the `keep` axes"
@@ -90,6 +90,8 @@ class Groups:
     def _full(self): return ((self.split, self.shape[0]//self.split) if self.split > 1 else self.shape[:1]) + self.shape[1:]
     @property
     def _kept(self): return tuple(n if a in self.keep else 1 for a,n in zip(self.axes, self._full))
+    @property
+    def _lost(self): return tuple(i for i,a in enumerate(self.axes) if a not in self.keep)
     @property
     def rows(self) -> int:
         "Number of separate competitions"
@@ -109,20 +111,16 @@ class Groups:
 
     def scores(self,
         scores:torch.Tensor, # One score a weight, of the weight's shape
-    ) -> torch.Tensor: # One score a group, of shape (rows, n); means of 16-bit scores are taken in 32 bits
+    ) -> torch.Tensor: # One score a group, of shape (rows, n)
         "The score of each group"
-        if self.size == 1: return scores.reshape(1, -1)
-        if scores.dtype in (torch.float16, torch.bfloat16): scores = scores.float()
-        dims = tuple(i for i,a in enumerate(self.axes) if a not in self.keep)
-        return self.reduce(self._unfold(scores), dim=dims).reshape(1, -1)
+        if not self._lost or (self.size == 1 and self.reduce is torch.mean): return scores.reshape(1, -1)
+        return self.reduce(self._unfold(scores), dim=self._lost).reshape(1, -1)
 
     def alive(self,
         mask:torch.Tensor, # A bool tensor of the weight's shape
     ) -> torch.Tensor: # Bool, of shape (rows, n)
         "The groups that hold at least one True"
-        if self.size == 1: return mask.reshape(1, -1)
-        dims = tuple(i for i,a in enumerate(self.axes) if a not in self.keep)
-        return self._unfold(mask).amax(dim=dims).reshape(1, -1)
+        return (self._unfold(mask).amax(dim=self._lost) if self.size > 1 else mask).reshape(1, -1)
 
     def expand(self,
         kept:torch.Tensor, # One decision a group, of shape (rows, n)
@@ -130,7 +128,7 @@ class Groups:
         "A mask of the weight's shape from a decision for each group"
         return kept.view(self._kept).expand(self._full).reshape(self.shape)
 
-# %% ../nbs/00_granularity.ipynb #21a734b1
+# %% ../nbs/00_granularity.ipynb #cd6cb4fe
 @dataclass(frozen=True)
 class Granularity:
     "Groups of weights that agree on some axes of their layer"
@@ -162,7 +160,7 @@ def _groups(layer, known, keep, reduce=torch.mean):
 def _unknown(value): return (f"granularity {value!r} is unknown; choose one of {', '.join(available_granularities())}, "
                              "a pattern such as '2:4', or an object such as NM(2, 4)")
 
-# %% ../nbs/00_granularity.ipynb #dbec9756
+# %% ../nbs/00_granularity.ipynb #33f9e28b
 @dataclass(frozen=True)
 class NMGroups(Groups):
     "Blocks of `m` consecutive weights along the input axis, each block a row of its own"
@@ -191,7 +189,8 @@ class NM:
     def __post_init__(self):
         for k,v in (('n', self.n), ('m', self.m)):
             if type(v) is not int: raise ValueError(f"NM({self.n!r}, {self.m!r}): {k} has to be a whole number, such as NM(2, 4)")
-        if not 0 < self.n < self.m: raise ValueError(f"NM({self.n}, {self.m}): n has to be at least 1 and less than m; did you mean NM({min(self.n, self.m)}, {max(self.n, self.m)})?")
+        if not 0 < self.n < self.m: raise ValueError(f"NM({self.n}, {self.m}): n has to be at least 1 and less than m; did you mean NM({self.m}, {self.n})?" if 0 < self.m < self.n else
+                                                     f"NM({self.n}, {self.m}): n has to be at least 1 and less than m, such as NM(2, 4)")
 
     @property
     def percent(self) -> float:
@@ -211,7 +210,7 @@ class NM:
 
     def __str__(self): return f'{self.n}:{self.m}'
 
-# %% ../nbs/00_granularity.ipynb #a90429e1
+# %% ../nbs/00_granularity.ipynb #4b2c37a7
 def as_granularity(
     value, # A name, a pattern such as '2:4', or a granularity object
 ) -> Granularity|NM: # The object that it stands for

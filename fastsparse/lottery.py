@@ -7,13 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/lottery.html.md"""
 # %% auto #0
 __all__ = ['Snapshot', 'save_ticket']
 
-# %% ../nbs/09_lottery.ipynb #1e09fa7f
+# %% ../nbs/09_lottery.ipynb #015602e1
 import copy
 from pathlib import Path
 import torch
 from torch import nn
 
-# %% ../nbs/09_lottery.ipynb #5b6ea48c
+# %% ../nbs/09_lottery.ipynb #3dbde1fa
 class Snapshot:
     "A copy of everything that training changes in a model and its optimizer"
     def __init__(self,
@@ -37,11 +37,11 @@ class Snapshot:
 
 def save_ticket(
     model:nn.Module, # A sparse model
-    folder:Path, # Made if it is not there
+    folder:str|Path, # Made if it is not there
     percent:float, # Sparsity in percent, for the name
 ) -> Path: # The file, which `torch.load(..., weights_only=True)` reads
     "Save the `state_dict()` of `model` as a plain file"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder/f'ticket_{percent:05.2f}.pth'
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder)/f'ticket_{percent:05.2f}.pth'
     torch.save(model.state_dict(), file)
     return file

@@ -7,33 +7,29 @@ Docs: https://fastsparse.github.io/fastsparse/mask.html.md"""
 # %% auto #0
 __all__ = ['kth_lowest', 'keep_mask', 'apply_mask', 'MaskHolder', 'ZeroHolder']
 
-# %% ../nbs/02_mask.ipynb #3838da5f
+# %% ../nbs/02_mask.ipynb #0c30061b
 from typing import Callable, Iterator, Sequence
 import torch
 
-# %% ../nbs/02_mask.ipynb #b7b50376
+# %% ../nbs/02_mask.ipynb #30ad4083
 def kth_lowest(
     scores:Sequence[torch.Tensor], # Tensors of scores, gone through one at a time, several times; no NaN
     k:int, # Which one, from 1 to `total`
     total:int, # How many scores there are
     sample:int=2**16, # About how many are looked at to learn where to look
-) -> torch.Tensor: # The k-th lowest value of them all, a scalar
+) -> float: # The k-th lowest value of them all
     "The `k`-th lowest of all `scores`, exactly, without sorting or joining them"
-    if total <= 4*sample: return torch.cat([s.reshape(-1) for s in scores]).kthvalue(k).values
-    stride = total//sample
-    drawn = torch.cat([s.reshape(-1)[::stride].clone() for s in scores]).sort().values
-    n,at,slack = len(drawn), k/total*len(drawn), 4*sample**.5
-    lo,hi = drawn[max(int(at-slack), 0)],drawn[min(int(at+slack), n-1)]
-    below,middle,top = 0,[],[]
-    for s in scores:
-        s = s.reshape(-1)
-        below += int((s < lo).sum())
-        middle.append(s[(s >= lo) & (s <= hi)])
-    middle = torch.cat(middle)
-    if below < k <= below+len(middle): return middle.kthvalue(k-below).values
-    return torch.cat([s.reshape(-1) for s in scores]).kthvalue(k).values # the sample was unlucky
+    def joined(part): return torch.cat([part(s.reshape(-1)).cpu() for s in scores])
+    if total > 4*sample:
+        drawn = joined(lambda s: s[::total//sample].clone()).sort().values
+        at,slack = k/total*len(drawn), 4*sample**.5
+        lo,hi = drawn[max(int(at-slack), 0)].item(), drawn[min(int(at+slack), len(drawn)-1)].item()
+        below = sum(int((s < lo).sum()) for s in scores)
+        between = joined(lambda s: s[(s >= lo) & (s <= hi)])
+        if below < k <= below+len(between): return between.kthvalue(k-below).values.item()
+    return joined(lambda s: s).kthvalue(k).values.item() # few scores, or an unlucky sample
 
-# %% ../nbs/02_mask.ipynb #5bd084ed
+# %% ../nbs/02_mask.ipynb #0b33f1ec
 def keep_mask(
     scores:torch.Tensor, # Scores, of shape (rows, n) or (n,); no NaN
     k:int, # How many to lose in each row, from 0 to n
@@ -53,7 +49,7 @@ def keep_mask(
     keep[ties.nonzero()[stay:,0]] = True
     return keep.view(scores.shape)
 
-# %% ../nbs/02_mask.ipynb #838206b4
+# %% ../nbs/02_mask.ipynb #669e1928
 _bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
@@ -64,7 +60,7 @@ def apply_mask(
     "Set `t` to zero wherever `mask` is False, in place and whatever stood there"
     t.detach().view(_bits[t.element_size()]).mul_(mask)
 
-# %% ../nbs/02_mask.ipynb #b50e61f0
+# %% ../nbs/02_mask.ipynb #f7867993
 class MaskHolder:
     "Keeps tensors, their gradients and their optimizer state zero where masks say so"
     def pairs(self) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:

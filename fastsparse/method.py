@@ -7,12 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/method.html.md"""
 # %% auto #0
 __all__ = ['local', 'global_', 'allocate', 'available_methods', 'as_method']
 
-# %% ../nbs/03_method.ipynb #e6717b1f
+# %% ../nbs/03_method.ipynb #1962ed77
+import math
 from typing import Callable, Sequence
 import torch
 from .mask import kth_lowest
 
-# %% ../nbs/03_method.ipynb #bf1e7a65
+# %% ../nbs/03_method.ipynb #9b5ebad2
 def local(
     scores:Sequence[torch.Tensor], # Not read
     n:list[int], # Groups in a row of each layer
@@ -23,7 +24,7 @@ def local(
     "Each layer meets its own target: the nearest number of groups"
     return [max(min(round(w/s), n_-f), 0) for n_,s,w,f in zip(n, step, wanted, floor)]
 
-# %% ../nbs/03_method.ipynb #6995975d
+# %% ../nbs/03_method.ipynb #8ebc3109
 def global_(
     scores:Sequence[torch.Tensor], # For each layer, of shape (1, n)
     n:list[int], # Groups of each layer
@@ -42,11 +43,11 @@ class _Some:
     def __iter__(self): return (self.items[i] for i in self.idxs)
 
 def _rank_uniform(scores, n, step, budget, most):
-    k,lost,free = round(budget/step[0]), [0]*len(n), list(range(len(n)))
+    k,lost,free = max(round(budget/step[0]), 0), [0]*len(n), list(range(len(n)))
     if k >= sum(most): return most
     while True: # each time round, the layers that would lose too much are settled, and the rest rank again
         left = k - sum(lost)
-        if not left: return lost
+        if left <= 0: return lost
         t = kth_lowest(_Some(scores, free), left, sum(n[i] for i in free))
         below,ties = zip(*((int((s < t).sum()), int((s == t).sum())) for s in _Some(scores, free)))
         extra,share = left - sum(below), {}
@@ -69,12 +70,14 @@ def _rank_mixed(scores, n, step, budget, most):
     taken = int((zeros - budget).abs().argmin())
     return torch.cat(owner)[order[:taken]].bincount(minlength=len(n)).tolist()
 
-# %% ../nbs/03_method.ipynb #6eed76c1
+# %% ../nbs/03_method.ipynb #2b9fed73
 class _Bundles:
     "The scores of bundles of `r` groups, best first tied up, from the scores of the groups"
-    def __init__(self, scores, r): self.scores,self.r = scores,r
+    def __init__(self, scores, idxs, r): self.scores,self.idxs,self.r = scores,idxs,r
+    def __len__(self): return len(self.idxs)
     def __getitem__(self, i):
-        s = self.scores[i].sort(dim=-1).values
+        if i >= len(self): raise IndexError(i)
+        s = self.scores[self.idxs[i]].sort(dim=-1).values
         return s[:, s.shape[-1]%self.r:].unflatten(-1, (-1, self.r)).mean(-1)
 
 def allocate(
@@ -83,19 +86,25 @@ def allocate(
     n:list[int], # Groups in a row of each layer
     step:list[int], # Weights that go with one more group in every row
     wanted:list[float], # Weights of each layer that should be zero
+    had:list[int]|None=None, # Groups that each layer has lost before, in every row, and does not get back
     round_to:int|None=None, # What remains of a layer is a multiple of this many groups
     floor:int=1, # Groups that have to stay in each layer of which not all is wanted
 ) -> list[int]: # Groups that each layer loses, in every row
-    "How many groups each layer loses: `method`, within the bounds of `floor` and `round_to`"
+    "How many groups each layer loses: `method`, within the bounds of `had`, `floor` and `round_to`"
     if not any(wanted): return [0]*len(n)
-    floors = [0 if w >= n_*s else min(floor, n_) for n_,s,w in zip(n, step, wanted)]
-    if round_to in (None, 1): return _checked(method, scores, n, step, wanted, floors)
-    odd = [n_%round_to if w else 0 for n_,w in zip(n, wanted)]
-    some = [i for i,w in enumerate(wanted) if w] # a layer of which nothing is wanted stays whole
-    lost = _checked(method, _Bundles([scores[i] for i in some], round_to), [n[i]//round_to for i in some], [step[i]*round_to for i in some],
-                    [wanted[i]-odd[i]*step[i] for i in some], [1]*len(some))
-    lost = dict(zip(some, lost))
-    return [lost[i]*round_to + odd[i] if i in lost else 0 for i in range(len(n))]
+    had = had or [0]*len(n)
+    if round_to in (None, 1):
+        floors = [0 if w >= n_*s or h == n_ else min(floor, n_) for n_,s,w,h in zip(n, step, wanted, had)]
+        return _checked(method, scores, n, step, wanted, floors)
+    some = [i for i,w in enumerate(wanted) if w and had[i] < n[i]] # a layer of which nothing is wanted stays whole, an empty one empty
+    lost = [h if h == n_ else 0 for n_,h in zip(n, had)]
+    odd = {i: n[i]%round_to for i in some}
+    bundles = _checked(method, _Bundles(scores, some, round_to), [n[i]//round_to for i in some], [step[i]*round_to for i in some],
+                       [wanted[i]-odd[i]*step[i] for i in some], [1]*len(some))
+    for i,b in zip(some, bundles):
+        before = math.ceil((had[i]-odd[i])/round_to)
+        lost[i] = odd[i] + round_to*min(max(b, before), n[i]//round_to - 1)
+    return lost
 
 def _checked(method, scores, n, step, wanted, floors):
     lost = method(scores, n, step, wanted, floors)
@@ -103,7 +112,7 @@ def _checked(method, scores, n, step, wanted, floors):
         raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, from 0 to its groups")
     return lost
 
-# %% ../nbs/03_method.ipynb #cacf9a21
+# %% ../nbs/03_method.ipynb #8cf3aa2f
 _methods = {'local': local, 'global': global_}
 
 def available_methods() -> list[str]:

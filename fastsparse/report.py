@@ -7,14 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/report.html.md"""
 # %% auto #0
 __all__ = ['LayerReport', 'SparsityReport', 'sparsity_report']
 
-# %% ../nbs/07_report.ipynb #cfe4760e
-import math
+# %% ../nbs/07_report.ipynb #b5ca6323
+import html, math
 from dataclasses import dataclass
-import torch
 from torch import nn
 from .granularity import layer_type, output_groups
 
-# %% ../nbs/07_report.ipynb #403a839a
+# %% ../nbs/07_report.ipynb #d7ab5912
 @dataclass(frozen=True)
 class LayerReport:
     "What was counted in one weight tensor"
@@ -40,7 +39,7 @@ class LayerReport:
         dead = None if g is None else g.n - int(g.alive(alive).sum())
         return cls(name, type(layer).__name__, tuple(w.shape), w.numel() - int(alive.sum()), w.numel(), g and g.n, dead, w.element_size())
 
-# %% ../nbs/07_report.ipynb #eec27962
+# %% ../nbs/07_report.ipynb #24d398af
 @dataclass(frozen=True)
 class SparsityReport:
     "Counted sparsity of a model: its targets, its totals, and what a reader should know"
@@ -92,11 +91,11 @@ class SparsityReport:
     def __repr__(self): return str(self)
 
     def _repr_html_(self):
-        cell = lambda tag,i,v: f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{v}</{tag}>'
+        cell = lambda tag,i,v: f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{html.escape(v)}</{tag}>'
         row = lambda tag,r: '<tr>' + ''.join(cell(tag, i, v) for i,v in enumerate(r)) + '</tr>'
         rows = list(self._rows())
         return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{"".join(row("td", r) for r in rows[:-2])}</tbody>'
-                f'<tfoot>{"".join(row("th", r) for r in rows[-2:])}</tfoot></table>' + ''.join(f'<p><small>{n}</small></p>' for n in self._footer()))
+                f'<tfoot>{"".join(row("th", r) for r in rows[-2:])}</tfoot></table>' + ''.join(f'<p><small>{html.escape(n)}</small></p>' for n in self._footer()))
 
     def to_dataframe(self): # A pandas DataFrame, one row for each layer; needs pandas
         "The layers as a `DataFrame` of numbers"
@@ -106,14 +105,16 @@ class SparsityReport:
 
 def _mb(n): return f'{n/1e6:,.2f} MB' if n >= 1e5 else f'{n/1e3:,.2f} kB'
 
-# %% ../nbs/07_report.ipynb #bbbcfdea
+# %% ../nbs/07_report.ipynb #ee9064cd
 def sparsity_report(
     model:nn.Module, # Any model
     layers:dict[str,nn.Module]|None=None, # Names and layers to list; None for every layer of a registered type
     notes:tuple[str,...]=(), # Lines to add below the table
 ) -> SparsityReport: # A value that shows itself as a table
     "Count the zeros of `model`"
-    if layers is None: layers = {n: m for n,m in model.named_modules() if layer_type(m) is not None}
+    if layers is None: # a tensor that several layers share is listed once
+        layers = {id(m.weight): (n, m) for n,m in reversed(list(model.named_modules())) if layer_type(m) is not None}
+        layers = dict(reversed(layers.values()))
     params = list(model.parameters())
     return SparsityReport(tuple(LayerReport.of(n, m) for n,m in layers.items()),
                           sum(p.numel() - int((p != 0).sum()) for p in params), sum(p.numel() for p in params), tuple(notes))

@@ -7,12 +7,12 @@ Docs: https://fastsparse.github.io/fastsparse/select.html.md"""
 # %% auto #0
 __all__ = ['check_selector', 'select_layers']
 
-# %% ../nbs/05_select.ipynb #ad10c622
+# %% ../nbs/05_select.ipynb #eab98dd1
 from fnmatch import fnmatchcase
 from typing import Iterator
 from torch import nn
 
-# %% ../nbs/05_select.ipynb #e94cd46a
+# %% ../nbs/05_select.ipynb #316ba9b9
 def check_selector(
     selector, # Anything
     what:str='layers', # The name of the argument, for the error message

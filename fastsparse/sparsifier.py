@@ -7,22 +7,23 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['check_sparsity', 'check_request', 'Target', 'find_targets', 'Plan', 'SparsityWarning', 'Sparsifier']
 
-# %% ../nbs/08_sparsifier.ipynb #d020020b
+# %% ../nbs/08_sparsifier.ipynb #42b536e2
 import sys, warnings
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Real
 from typing import Callable, Iterator
 import torch
 from torch import nn
-from .granularity import Granularity, Groups, NM, as_granularity, layer_type, output_groups
+from .granularity import Groups, NM, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence, large_final
 from .mask import MaskHolder, keep_mask
-from .method import allocate, as_method, local
+from .method import allocate, as_method, global_, local
 from .select import check_selector, select_layers
 from .dependants import find_followers
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/08_sparsifier.ipynb #617a5938
+# %% ../nbs/08_sparsifier.ipynb #12f45320
 def check_sparsity(
     sparsity, # Percent, or a dict {layer selector: percent}
 ):
@@ -48,14 +49,14 @@ def check_request(
     check_sparsity(sparsity)
     if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise ValueError(f"round_to={round_to!r} has to be a whole number of groups, at least 1, such as 8; or None for no rounding")
-    if isinstance(sparsity, dict) and method is not local and not isinstance(granularity, NM):
+    if isinstance(sparsity, dict) and method is global_ and not isinstance(granularity, NM):
         raise ValueError("a dict gives each layer its own sparsity, but method='global' shares one sparsity out over all layers; use method='local'")
     if isinstance(granularity, NM):
         if round_to is not None: raise ValueError(f"round_to={round_to} does not go with {granularity}, which keeps {granularity.n} of every {granularity.m} weights; leave it out")
         for p in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
-            if p not in (0, granularity.percent): raise ValueError(f"sparsity={p} does not go with the pattern {granularity}, which always makes {granularity.percent:g} % zero; ask for {granularity.percent:g}")
+            if p and abs(p - granularity.percent) > .01: raise ValueError(f"sparsity={p} does not go with the pattern {granularity}, which always makes {granularity.percent:g} % zero; ask for {granularity.percent:g}")
 
-# %% ../nbs/08_sparsifier.ipynb #a0b63121
+# %% ../nbs/08_sparsifier.ipynb #5797b381
 @dataclass(eq=False)
 class Target:
     "One prunable tensor of a model"
@@ -73,8 +74,10 @@ class Target:
         "True if groups are made of whole outputs of the layer, so that its bias and BatchNorm go with them"
         return getattr(self.groups, 'keep', {'in'}) <= {'out', 'group'}
 
+def _tensor_id(layer): return id(layer._parameters.get('weight', layer)) # of the layer itself if its weight is computed anew each time
+
 def _check_plain(name, layer):
-    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+    if isinstance(layer._parameters.get('weight'), nn.parameter.UninitializedParameter):
         raise ValueError(f"the weight of layer {name!r} does not exist yet; run one batch through the model first")
     if 'weight' not in layer._parameters:
         raise ValueError(f"the weight of layer {name!r} is computed at each forward, so zeros in it would not last; make it a plain parameter first (torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
@@ -89,24 +92,25 @@ def find_targets(
     "The prunable tensors of `model`; a ValueError if there are none"
     prunable = {n: m for n,m in model.named_modules() if layer_type(m) is not None}
     chosen = prunable if layers is None else {n: m for n,m in select_layers(model, layers) if n in prunable}
-    left_out = set() if exclude is None else {id(prunable[n].weight) for n,_ in select_layers(model, exclude, 'exclude') if n in prunable}
+    left_out = set() if exclude is None else {_tensor_id(m) for n,m in select_layers(model, exclude, 'exclude') if n in prunable}
     names = {id(p): n for n,p in model.named_parameters()}
     targets,dense,seen = [],{},set()
     for n,m in chosen.items():
-        if id(m.weight) in left_out | seen: continue
+        if _tensor_id(m) in left_out | seen: continue
         try: groups = granularity.groups(m)
         except ValueError as e: dense[n] = str(e); continue
+        except RuntimeError: _check_plain(n, m); raise
         _check_plain(n, m)
         if not m.weight.is_floating_point() or not m.weight.numel(): dense[n] = f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'; continue
-        seen.add(id(m.weight))
-        targets.append(Target(names[id(m.weight)], n, m, groups))
+        seen.add(_tensor_id(m))
+        targets.append(Target(names[_tensor_id(m)], n, m, groups))
     if not targets:
         types = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         why = '; '.join(f'{n}: {r}' for n,r in list(dense.items())[:5]) or 'every layer that could be was left out' if chosen else 'layers and exclude leave no prunable layer'
         raise ValueError(f"no layer to prune by {granularity} ({why}); the model has layers of types {', '.join(types)}")
     return targets,dense
 
-# %% ../nbs/08_sparsifier.ipynb #17297ffb
+# %% ../nbs/08_sparsifier.ipynb #08a14a12
 @dataclass(frozen=True)
 class Plan:
     "What each target has, and what it shall have"
@@ -124,18 +128,20 @@ class Plan:
         want = [progress*p*sizes[n]/100 for n,p in self.end.items()]
         return max(want, had, key=sum) if together else [max(w, h) for w,h in zip(want, had)]
 
-# %% ../nbs/08_sparsifier.ipynb #0a5c376f
+# %% ../nbs/08_sparsifier.ipynb #df84c9ef
 class SparsityWarning(UserWarning):
     "Something was done as well as it could be, but not as it was asked for"
 
 def _warn(message): # in the name of the first caller outside of this package and torch
     level,frame = 2,sys._getframe(1)
     while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0] in ('fastsparse','torch'): level,frame = level+1,frame.f_back
-    warnings.warn(message, SparsityWarning, stacklevel=level-1)
+    warnings.warn(message, SparsityWarning, stacklevel=level)
 
 class _Scores:
     "The group scores of some targets, computed whenever they are asked for"
-    def __init__(self, sparsifier, targets): self.sparsifier,self.targets,self.seed = sparsifier,targets,sparsifier._new_seed()
+    def __init__(self, sparsifier, targets):
+        self.sparsifier,self.targets,self.seed = sparsifier,targets,sparsifier._new_seed()
+        self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one for all, or they could not be compared
     def __len__(self): return len(self.targets)
     def __getitem__(self, i):
         t,s = self.targets[i],self.sparsifier
@@ -145,7 +151,7 @@ class _Scores:
         scores = s.criteria(w, **given)
         if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
             raise ValueError(f"the criterion {getattr(s.criteria, '__name__', s.criteria)} gave {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for layer {t.layer_name!r}; it has to give one score for each weight, of shape {tuple(w.shape)}")
-        scores = t.groups.scores(scores if scores.is_floating_point() else scores.float())
+        scores = t.groups.scores(scores.to(self.dtype))
         if scores.isnan().any(): raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, or the criterion {getattr(s.criteria, '__name__', s.criteria)} made it; nothing was pruned")
         alive = t.groups.alive(s.masks[t.name])
         if alive.all(): return scores
@@ -183,7 +189,8 @@ class Sparsifier(MaskHolder):
         round_to:int|None=None, # What remains is a multiple of this many groups, at least as many
     ):
         "Prune one layer to `sparsity` percent"
-        found = [t for t in self.targets.values() if layer is t.layer or layer in (t.layer_name, t.name)]
+        module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
+        found = [t for t in self.targets.values() if layer == t.name or (module is not None and _tensor_id(module) == _tensor_id(t.layer))]
         if not found: raise ValueError(f"{layer!r} is not a layer of this Sparsifier; its layers are {', '.join(t.layer_name or '(the model itself)' for t in self.targets.values())}")
         if isinstance(sparsity, dict): raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict")
         self._reach(self._plan(sparsity, round_to, found), 1., local)
@@ -206,6 +213,7 @@ class Sparsifier(MaskHolder):
         check_request(sparsity, self.granularity, self.method, round_to)
         if isinstance(sparsity, dict): end = self._each(sparsity)
         else: end = {t.name: float(sparsity) for t in targets}
+        if isinstance(self.granularity, NM): end = {n: self.granularity.percent if p else 0. for n,p in end.items()} # 66.67 means two of three
         small = [f'{self.targets[n].layer_name} ({self.targets[n].groups.n})' for n,p in end.items() if p and self.targets[n].groups.n < (round_to or 1)]
         if small: raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; use a smaller one, or leave them out with exclude=")
         return Plan({n: self._percent(self.targets[n]) for n in end}, end, round_to)
@@ -213,8 +221,8 @@ class Sparsifier(MaskHolder):
     def _each(self, sparsity):
         percents = {}
         for selector,percent in sparsity.items():
-            ids = {id(m.weight) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
-            found = {t.name: float(percent) for t in self.targets.values() if id(t.layer.weight) in ids}
+            ids = {_tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
+            found = {t.name: float(percent) for t in self.targets.values() if _tensor_id(t.layer) in ids}
             if not found: raise ValueError(f"sparsity key {selector!r} means none of the layers to prune, which are {', '.join(t.layer_name for t in self.targets.values())}")
             percents |= found
         return percents
@@ -234,7 +242,8 @@ class Sparsifier(MaskHolder):
         scores = _Scores(self, targets)
         n,step = [t.groups.n for t in targets],[t.groups.step for t in targets]
         floor = 0 if getattr(self.granularity, 'name', None) == 'layer' else 1
-        lost = allocate(method, scores, n, step, wanted, plan.round_to, floor)
+        had = [round(plan.start[t.name]*t.groups.n/100) for t in targets]
+        lost = allocate(method, scores, n, step, wanted, had, plan.round_to, floor)
         masks = {t.name: self._like(t, t.groups.expand(keep_mask(scores[i], k))) for i,(t,k) in enumerate(zip(targets, lost))}
         self.masks.update(masks)
         if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})

@@ -20,7 +20,8 @@ LAYERS = {
 
 # What a group keeps: O the output, I the input, d h w the place in the kernel (only w for one dimension)
 KEPT = {
-    2: dict(weight='OIhw', kernel='OI', filter='O', row='OIh', column='OIw', channel='Ohw', vertical_slice='Ow', horizontal_slice='Oh', shared_weight='Ihw', shared_kernel='I',
+    2: dict(weight='OIhw', kernel='OI', filter='O', row='OIh', column='OIw', channel='Ohw', vertical_slice='Ow', horizontal_slice='Oh', shared_weight='Ihw',
+        shared_kernel='I',
             shared_row='Ih', shared_column='Iw', shared_channel='hw', shared_vertical_slice='w', shared_horizontal_slice='h', layer=''),
     1: dict(weight='OIw', kernel='OI', filter='O', channel='Ow', shared_weight='Iw', shared_kernel='I', shared_channel='w', layer=''),
     3: dict(weight='OIdhw', kernel='OI', filter='O', row='OIdh', column='OIdw', channel='Odhw', vertical_slice='Odw', horizontal_slice='Odh', shared_weight='Idhw',
@@ -90,7 +91,8 @@ def bits(t):
 
 def small_net():
     "conv, BatchNorm, ReLU twice, and a head"
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 4))
 
 
 def zeros(model): return sum(int((p == 0).sum()) for p in model.parameters())

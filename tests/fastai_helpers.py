@@ -133,7 +133,7 @@ class Journal(Callback):
         self.regrown += regrown(self.cb)
         self.dense_state += dense_state(self.cb, self.opt)
     def before_validate(self): self.regrown += regrown(self.cb)
-    def after_epoch(self): self.epochs.append(percent(self.cb.sparsifier.model))
+    def after_epoch(self): self.epochs.append(percent(self.cb.sparsifier.model if self.cb.sparsifier else self.learn.model))
 
 
 def forward_watch(model, cb, log):

@@ -119,7 +119,7 @@ def test_after_the_fit_the_callback_still_answers():
 def test_pruned_weights_stay_zero_after_every_step(name, granularity):
     learn, cb = learner(opt_func=OPTIMIZERS[name], lr=.01, wd=.1), SparsifyCallback(70, granularity, schedule='iterative', layers=nn.Conv2d)
     journal, steps = Journal(cb), []
-    at_once = On(after_step=lambda learn: steps.append(regrown(cb)), order=52)
+    at_once = On(after_step=lambda learn: steps.append(regrown(cb)), order=100)
     fit(learn, 3, cbs=[cb, journal, at_once])
     assert steps == [0]*12
     assert journal.regrown == 0
@@ -208,6 +208,7 @@ BAD = [
     (dict(method='locally'), r"'locally' is unknown.*'local'.*'global'"), (dict(criteria='big'), r"'big' is unknown.*large_final"),
     (dict(schedule='agpp'), r"'agpp' is unknown.*agp"), (dict(schedule=.5), r'0\.5 is unknown'), (dict(round_to=0), r'round_to=0 .*at least 1'), (dict(round_to=-4), r'round_to=-4 '),
     (dict(round_to=2.5), r'round_to=2\.5 .*whole'), (dict(layers=[]), r'layers=\[\] is empty'), (dict(layers=5), r'layers=5 .*nn\.Conv2d'), (dict(exclude=5), r'exclude=5'),
+    (dict(update_every=0), r'update_every=0 .*at least 1'), (dict(update_every=True), r'update_every=True'), (dict(update_every=2.5), r'update_every=2\.5'),
     (dict(granularity='2:4', sparsity=70), r'70 .*50'), (dict(granularity='4:2'), r'did you mean NM\(2, 4\)'),
     (dict(lth=True), r'has no rounds.*iterative'), (dict(lth=True, schedule='dsd'), r'has no rounds'), (dict(rewind_epoch=-1, lth=True, schedule='iterative'), r'rewind_epoch=-1'),
     (dict(rewind_epoch=1.5, lth=True, schedule='iterative'), r'rewind_epoch=1\.5'), (dict(rewind_epoch=2), r'lth=True or reset_end=True'), (dict(save_tickets=True), r'add lth=True'),

@@ -180,7 +180,8 @@ def test_concatenation_as_in_densenet(cat):
         x = m.stem(x)
         for i in (1, 2): x = cat(x, m.get_submodule(f'conv{i}')(F.relu(m.get_submodule(f'bn{i}')(x))))
         return m.bn3(x)
-    model = Net(forward, stem=nn.Conv2d(2, 4, 1), conv1=nn.Conv2d(4, 4, 3, padding=1), conv2=nn.Conv2d(8, 4, 3, padding=1), bn1=nn.BatchNorm2d(4), bn2=nn.BatchNorm2d(8), bn3=nn.BatchNorm2d(12))
+    model = Net(forward, stem=nn.Conv2d(2, 4, 1), conv1=nn.Conv2d(4, 4, 3, padding=1), conv2=nn.Conv2d(8, 4, 3, padding=1), bn1=nn.BatchNorm2d(4),
+        bn2=nn.BatchNorm2d(8), bn3=nn.BatchNorm2d(12))
     sparsify(model)
     assert check_channels(model, 2, 4, 4) == 2 + 4 + 6
     assert torch.equal(model.bn3.weight == 0, torch.cat([dead(model.stem), dead(model.conv1), dead(model.conv2)]))
@@ -200,7 +201,8 @@ def test_a_shared_batchnorm_loses_what_is_dead_everywhere():
     assert bits(model.bn.weight == 0) == [1, 0, 0, 0] == bits(model.bn.bias == 0)
 
 
-@pytest.mark.parametrize('forward', [lambda m, x: m.bn(m.conv(x)) + m.bn(x), lambda m, x: m.bn(m.conv(m.bn(x))), lambda m, x: m.bn(m.conv(x)) + m.bn(torch.sigmoid(m.conv(x)))])
+@pytest.mark.parametrize('forward',
+    [lambda m, x: m.bn(m.conv(x)) + m.bn(x), lambda m, x: m.bn(m.conv(m.bn(x))), lambda m, x: m.bn(m.conv(x)) + m.bn(torch.sigmoid(m.conv(x)))])
 def test_a_shared_batchnorm_that_also_sees_something_unknown_is_left_alone(forward):
     model = Net(forward, conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
     sparsify(model)
@@ -250,7 +252,8 @@ def test_batchnorm_without_affine_or_statistics():
     assert check_channels(model, 2, 3, 3) == 3
 
 
-@pytest.mark.parametrize('flatten', [lambda x: x.flatten(1), lambda x: x.flatten(start_dim=1), lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1), lambda x: x.reshape(x.shape[0], -1)])
+@pytest.mark.parametrize('flatten',
+    [lambda x: x.flatten(1), lambda x: x.flatten(start_dim=1), lambda x: torch.flatten(x, 1), lambda x: x.view(x.size(0), -1), lambda x: x.reshape(x.shape[0], -1)])
 def test_flatten_into_a_batchnorm_of_features(flatten):
     "Each channel has become four features"
     model = Net(lambda m, x: m.bn(flatten(m.conv(x))), conv=nn.Conv2d(2, 4, 2), bn=nn.BatchNorm1d(16))
@@ -272,7 +275,8 @@ def test_other_ways_to_flatten_are_not_guessed_at():
         assert (model.bn.weight != 0).all()
 
 
-@pytest.mark.parametrize('pool', [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout(.3), nn.Upsample(scale_factor=2), nn.GELU(), nn.LeakyReLU(), nn.Hardswish(), nn.Tanh()])
+@pytest.mark.parametrize('pool',
+    [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Dropout(.3), nn.Upsample(scale_factor=2), nn.GELU(), nn.LeakyReLU(), nn.Hardswish(), nn.Tanh()])
 def test_what_keeps_zero_at_zero_is_passed_through(pool):
     model = nn.Sequential(nn.Conv2d(2, 6, 1), pool, nn.BatchNorm2d(6))
     sparsify(model)
@@ -288,7 +292,9 @@ def test_what_does_not_ends_the_way(act):
     assert (model[2].weight != 0).all()
 
 
-@pytest.mark.parametrize('op', [lambda x: x + 1, lambda x: 1 - x, torch.sigmoid, lambda x: x.permute(0, 1, 3, 2).exp(), lambda x: x.flip(1), lambda x: x[:, [1, 0, 3, 2]], lambda x: torch.roll(x, 1, 1), lambda x: x.transpose(1, 2)])
+@pytest.mark.parametrize('op',
+    [lambda x: x + 1, lambda x: 1 - x, torch.sigmoid, lambda x: x.permute(0, 1, 3, 2).exp(), lambda x: x.flip(1), lambda x: x[:, [1, 0, 3, 2]],
+    lambda x: torch.roll(x, 1, 1), lambda x: x.transpose(1, 2)])
 def test_an_operation_that_moves_channels_or_zeros_ends_the_way(op):
     model = Net(lambda m, x: m.bn(op(m.conv(x))), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
     sparsify(model, 25)
@@ -303,7 +309,9 @@ def test_what_is_written_into_a_tensor_counts_though_nobody_takes_the_result(op)
     assert model.bn.weight[0] != 0
 
 
-@pytest.mark.parametrize('op', [lambda x: x*2, lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), lambda x: x.relu(), lambda x: F.max_pool2d(x, 2), lambda x: F.dropout(x, .1), lambda x: F.interpolate(x, scale_factor=2)])
+@pytest.mark.parametrize('op',
+    [lambda x: x*2, lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), lambda x: x.relu(), lambda x: F.max_pool2d(x, 2), lambda x: F.dropout(x, .1),
+    lambda x: F.interpolate(x, scale_factor=2)])
 def test_an_operation_that_keeps_zeros_goes_on(op):
     model = Net(lambda m, x: m.bn(op(m.conv(x))), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
     sparsify(model)
@@ -312,8 +320,10 @@ def test_an_operation_that_keeps_zeros_goes_on(op):
 
 @pytest.mark.parametrize('conv,bn,shape', [
     (nn.Conv1d(2, 6, 2), nn.BatchNorm1d(6), (2, 5)), (nn.Conv3d(2, 6, 2), nn.BatchNorm3d(6), (2, 3, 3, 3)), (nn.ConvTranspose1d(2, 6, 2), nn.BatchNorm1d(6), (2, 5)),
-    (nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), (4, 3, 3)), (nn.ConvTranspose3d(2, 6, 2), nn.BatchNorm3d(6), (2, 3, 3, 3)), (nn.Conv2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), (4, 3, 3)),
-    (nn.Conv2d(3, 6, 2, groups=3), nn.BatchNorm2d(6), (3, 3, 3)), (nn.Conv2d(2, 6, 2), nn.GroupNorm(2, 6), (2, 3, 3)), (nn.Conv2d(2, 6, 2, bias=False), nn.SyncBatchNorm(6).eval(), (2, 3, 3))])
+    (nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), (4, 3, 3)), (nn.ConvTranspose3d(2, 6, 2), nn.BatchNorm3d(6), (2, 3, 3, 3)),
+    (nn.Conv2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), (4, 3, 3)),
+    (nn.Conv2d(3, 6, 2, groups=3), nn.BatchNorm2d(6), (3, 3, 3)), (nn.Conv2d(2, 6, 2), nn.GroupNorm(2, 6), (2, 3, 3)),
+    (nn.Conv2d(2, 6, 2, bias=False), nn.SyncBatchNorm(6).eval(), (2, 3, 3))])
 def test_every_layer_and_norm(conv, bn, shape):
     model = nn.Sequential(conv, bn)
     s = sparsify(model)

@@ -28,7 +28,8 @@ def test_everything_comes_back_in_place(make):
     assert not any(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     snapshot.restore(model, opt)
     assert same(before, model.state_dict()) and ids == [(id(p), p.data_ptr()) for p in model.parameters()]
-    assert opt.state_dict()['state'].keys() == state.keys() and all(torch.equal(torch.as_tensor(v), torch.as_tensor(opt.state_dict()['state'][i][k])) for i, s in state.items() for k, v in s.items())
+    assert opt.state_dict()['state'].keys() == state.keys() and all(torch.equal(torch.as_tensor(v), torch.as_tensor(opt.state_dict()['state'][i][k])) for i,
+        s in state.items() for k, v in s.items())
     train(model, opt)
 
 

@@ -102,8 +102,10 @@ def test_16_bit_weights_can_be_drawn(layer, dtype):
 
 
 @pytest.mark.parametrize('make,kw,shape,says', [
-    (lambda: nn.Conv2d(30, 70, 3), {}, (16*4-1, 28*4-1), 'the first 16 of 70 outputs, 28 of 30 inputs'), (lambda: nn.Conv2d(30, 70, 3), dict(max_filters=2, max_channels=3), (7, 11), 'the first 2 of 70 outputs, 3 of 30 inputs'),
-    (lambda: nn.Linear(5, 200), dict(max_filters=20), (20, 5), 'the first 20 of 200 outputs, 5 of 5 inputs'), (lambda: nn.Conv2d(30, 70, 3), dict(max_filters=70, max_channels=30), (279, 119), None)])
+    (lambda: nn.Conv2d(30, 70, 3), {}, (16*4-1, 28*4-1), 'the first 16 of 70 outputs, 28 of 30 inputs'),
+    (lambda: nn.Conv2d(30, 70, 3), dict(max_filters=2, max_channels=3), (7, 11), 'the first 2 of 70 outputs, 3 of 30 inputs'),
+    (lambda: nn.Linear(5, 200), dict(max_filters=20), (20, 5), 'the first 20 of 200 outputs, 5 of 5 inputs'),
+    (lambda: nn.Conv2d(30, 70, 3), dict(max_filters=70, max_channels=30), (279, 119), None)])
 def test_large_layers_are_cut_and_say_so(make, kw, shape, says):
     ax = plot_kernels(make(), **kw)
     assert image(ax).shape == shape and (says in ax.get_title() if says else 'first' not in ax.get_title())

@@ -34,7 +34,8 @@ def layers(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     w = torch.randn(layer.weight.shape, generator=generator)
     look = draw(st.sampled_from(['different', 'few', 'equal', 'zeros']))
-    layer.weight.data.copy_(w if look == 'different' else w.sign() + w.round() if look == 'few' else torch.full_like(w, .1) if look == 'equal' else w*(torch.rand(w.shape, generator=generator) < .6))
+    layer.weight.data.copy_(w if look == 'different' else w.sign() + w.round() if look == 'few' else torch.full_like(w,
+        .1) if look == 'equal' else w*(torch.rand(w.shape, generator=generator) < .6))
     return layer
 
 
@@ -132,7 +133,8 @@ def test_what_is_masked_is_zero_and_the_rest_is_untouched(s, percent):
     before = copy.deepcopy(s.model.state_dict())
     s.prune_model(percent)
     for n, m in s.masks.items(): assert torch.equal(s.model.state_dict()[n], torch.where(m, before[n], torch.zeros_like(before[n])))
-    assert s.sparsity() == s.report().sparsity == pytest.approx(100*sum(int((t.weight == 0).sum()) for t in s.targets.values())/sum(t.weight.numel() for t in s.targets.values()))
+    zeros, weights = (sum(map(f, s.targets.values())) for f in (lambda t: int((t.weight == 0).sum()), lambda t: t.weight.numel()))
+    assert s.sparsity() == s.report().sparsity == pytest.approx(100*zeros/weights)
 
 
 @few
@@ -185,7 +187,8 @@ def test_round_to(sizes, round_to, percent, method):
     kept = [int(m.any(1).sum()) for m in s.masks.values()]
     if round_to > 1: assert all(k % round_to == 0 and k >= round_to for k in kept)
     if method == 'local' and round_to > 1:
-        for k, n in zip(kept, sizes, strict=True): assert abs(k - n*(1-percent/100)) == pytest.approx(min(abs(m - n*(1-percent/100)) for m in range(round_to, n+1, round_to)))
+        for k, n in zip(kept, sizes, strict=True):
+            assert abs(k - n*(1-percent/100)) == pytest.approx(min(abs(m - n*(1-percent/100)) for m in range(round_to, n+1, round_to)))
 
 
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.sampled_from([float('inf'), -float('inf'), 0., -0.]), st.floats(-1, 1, width=32)), min_size=1, max_size=40)

@@ -44,7 +44,8 @@ def test_counts_agree_with_counting_one_by_one(granularity):
     assert (r.zeros, r.weights, r.sparsity) == (sum(x.zeros for x in r.layers), 216+1152, s.sparsity())
 
 
-@pytest.mark.parametrize('layer,dead', [(nn.ConvTranspose2d(4, 6, 2, groups=2), [0, 4]), (nn.ConvTranspose1d(2, 6, 2), [3]), (nn.Conv3d(2, 6, 2), [5]), (nn.Conv1d(4, 6, 2, groups=2), [1, 2])])
+@pytest.mark.parametrize('layer,dead',
+    [(nn.ConvTranspose2d(4, 6, 2, groups=2), [0, 4]), (nn.ConvTranspose1d(2, 6, 2), [3]), (nn.Conv3d(2, 6, 2), [5]), (nn.Conv1d(4, 6, 2, groups=2), [1, 2])])
 def test_dead_filters_are_outputs_that_put_out_nothing(layer, dead):
     bias = layer.bias.detach().clone()
     per = layer.weight.shape[1]
@@ -129,8 +130,10 @@ def test_html_has_the_same_cells():
             if self.lasttag in ('td', 'th'): self.rows[-1][-1] += data
     cells = Cells()
     cells.feed(sparsity_report(toy())._repr_html_())
-    assert [r[:7] for r in cells.rows] == [['layer', 'type', 'shape', 'zeros', 'weights', 'sparsity', 'dead filters'], ['0', 'Linear', '2×3', '5', '6', '83.33 %', '1 of 2'],
-                                           ['2', 'Linear', '2×2', '1', '4', '25.00 %', '0 of 2'], ['all targets', '', '', '6', '10', '60.00 %', ''], ['all parameters', '', '', '7', '12', '58.33 %', '']]
+    assert [r[:7] for r in cells.rows] == [['layer', 'type', 'shape', 'zeros', 'weights', 'sparsity', 'dead filters'],
+        ['0', 'Linear', '2×3', '5', '6', '83.33 %', '1 of 2'],
+                                           ['2', 'Linear', '2×2', '1', '4', '25.00 %', '0 of 2'], ['all targets', '', '', '6', '10', '60.00 %', ''],
+                                           ['all parameters', '', '', '7', '12', '58.33 %', '']]
 
 
 def test_html_shows_what_a_reason_says_literally():
@@ -144,7 +147,8 @@ def test_dataframe_has_numbers():
     r = sparsity_report(toy())
     df = r.to_dataframe()
     assert isinstance(df, pd.DataFrame) and list(df.columns) == ['layer', 'type', 'shape', 'zeros', 'weights', 'percent', 'filters', 'dead_filters']
-    assert df.zeros.sum() == r.zeros and df.percent.tolist() == [x.percent for x in r.layers] and df.layer.tolist() == ['0', '2'] and df['shape'].tolist() == [(2, 3), (2, 2)]
+    assert df.zeros.sum() == r.zeros and df.percent.tolist() == [x.percent for x in r.layers] and df.layer.tolist() == ['0', '2'] and df['shape'].tolist() == [(2, 3),
+        (2, 2)]
 
 
 def test_an_empty_report():

@@ -69,6 +69,13 @@ def test_a_stair_has_as_many_steps_as_asked_for(n):
     assert [Steps(n)(i/n) for i in range(n+1)] == [i/n for i in range(n+1)]
 
 
+@pytest.mark.parametrize('start,end', [(.1, .9), (.25, 1), (.2, .7), (1/3, 2/3)])
+def test_a_step_does_not_come_early_by_a_rounding_error(start, end):
+    for n in range(1, 30):
+        s = Schedule(Steps(n), start, end)
+        assert [s(start + (end-start)*i/n) for i in range(1, n)] == [i/n for i in range(1, n)]
+
+
 def test_rounds():
     assert (one_shot.rounds, iterative.rounds, Schedule(Steps(7)).rounds) == (1, 3, 7)
     assert agp.rounds is one_cycle.rounds is cos.rounds is lin.rounds is dsd.rounds is None
@@ -109,12 +116,14 @@ def test_start_and_end_may_meet():
 
 @pytest.mark.parametrize('start,end,says', [
     (.7, .3, r'starts at 0.7, after its end at 0.3; did you mean start_pct=0.3, end_pct=0.7'), (-.1, 1, 'start_pct=-0.1 has to be a fraction of training, from 0 to 1'),
-    (0, 50, r'end_pct=50 .*from 0 to 1; did you mean 0.5\?'), (0, 1.5, 'end_pct=1.5'), (math.nan, 1, 'start_pct=nan'), (True, 1, 'start_pct=True'), ('0', 1, "start_pct='0'"), (0, None, 'end_pct=None')])
+    (0, 50, r'end_pct=50 .*from 0 to 1; did you mean 0.5\?'), (0, 1.5, 'end_pct=1.5'), (math.nan, 1, 'start_pct=nan'), (True, 1, 'start_pct=True'),
+    ('0', 1, "start_pct='0'"), (0, None, 'end_pct=None')])
 def test_bad_positions_are_refused(start, end, says):
     with pytest.raises(ValueError, match=says): Schedule(S.sched_lin, start, end)
 
 
-@pytest.mark.parametrize('func,says', [(lambda p: 1-p, r'func\(0\) is 1.0; it has to be exactly 0'), (lambda p: 2*p, r'func\(1.0\) is 2.0; .*within 0 and 1'), (lambda p: -p, 'within 0 and 1'),
+@pytest.mark.parametrize('func,says',
+    [(lambda p: 1-p, r'func\(0\) is 1.0; it has to be exactly 0'), (lambda p: 2*p, r'func\(1.0\) is 2.0; .*within 0 and 1'), (lambda p: -p, 'within 0 and 1'),
                                        (lambda p: p*math.nan, 'exactly 0'), (3, r'func=3 is not a function of the position')])
 def test_bad_functions_are_refused(func, says):
     with pytest.raises(ValueError, match=says): Schedule(func)

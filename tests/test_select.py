@@ -15,7 +15,8 @@ SELECTORS = [
     (nn.Linear, ['head']), (nn.Conv2d, LAYERS[:-1]), ((nn.Linear, nn.Conv2d), LAYERS), (nn.Sequential, LAYERS[1:-1]),
     ('stem', ['stem']), ('layer1.0', ['layer1.0']), ('layer1', ['layer1.0', 'layer1.2']), ('layer2.*', LAYERS[3:7]), ('layer2.0', ['layer2.0.0', 'layer2.0.2']),
     ('layer[12]', LAYERS[1:7]), ('*.2', ['layer1.2', 'layer2.0.2', 'layer2.1.2']), ('*', LAYERS), ('?ead', ['head']),
-    (lambda n, m: isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3), ['stem', 'layer1.2', 'layer2.0.2', 'layer2.1.2']), (lambda n, m: n.endswith('.0') and 'layer1' in n, ['layer1.0']),
+    (lambda n, m: isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3), ['stem', 'layer1.2', 'layer2.0.2', 'layer2.1.2']),
+    (lambda n, m: n.endswith('.0') and 'layer1' in n, ['layer1.0']),
     (['stem', 'head'], ['stem', 'head']), (['layer1', nn.Linear], ['layer1.0', 'layer1.2', 'head']), (['layer2.0', ['stem']], ['stem', 'layer2.0.0', 'layer2.0.2'])]
 
 
@@ -52,9 +53,11 @@ def test_a_model_that_is_one_layer():
 
 
 @pytest.mark.parametrize('what', ['layers', 'exclude'])
-@pytest.mark.parametrize('selector,shown', [('layer3.*', 'layer3'), (nn.Conv1d, 'Conv1d'), (lambda n, m: False, '<lambda>'), (nn.Linear(4, 2), 'Linear'), (['stem', 'nope'], 'nope')])
+@pytest.mark.parametrize('selector,shown',
+    [('layer3.*', 'layer3'), (nn.Conv1d, 'Conv1d'), (lambda n, m: False, '<lambda>'), (nn.Linear(4, 2), 'Linear'), (['stem', 'nope'], 'nope')])
 def test_a_selector_that_means_nothing_is_refused_with_what_there_is(selector, shown, what):
-    with pytest.raises(ValueError, match=rf'{what}=.*{shown}.* matches no layer; the layers are stem, layer1.0, .*of types BatchNorm2d, Conv2d, Linear'): Sparsifier(net(), **{what: selector})
+    with pytest.raises(ValueError, match=rf'{what}=.*{shown}.* matches no layer; the layers are stem, layer1.0, .*of types BatchNorm2d, Conv2d, Linear'):
+        Sparsifier(net(), **{what: selector})
 
 
 @pytest.mark.parametrize('selector', ['layer1.1', nn.BatchNorm2d])
@@ -67,7 +70,8 @@ def test_leaving_everything_out_is_refused():
 
 
 @pytest.mark.parametrize('what', ['layers', 'exclude'])
-@pytest.mark.parametrize('bad,says', [([], 'is empty'), ((), 'is empty'), (3, 'selects nothing; pass a type such as nn.Conv2d'), (True, 'selects nothing'), ({'a': 1}, 'selects nothing'),
+@pytest.mark.parametrize('bad,says',
+    [([], 'is empty'), ((), 'is empty'), (3, 'selects nothing; pass a type such as nn.Conv2d'), (True, 'selects nothing'), ({'a': 1}, 'selects nothing'),
                                       (int, 'int is not a type of layer'), ([nn.Conv2d, 3], 'selects nothing'), (['stem', []], 'is empty')])
 def test_what_selects_no_layer_is_refused(bad, says, what):
     with pytest.raises(ValueError, match=f'{what}=.*{says}'): Sparsifier(net(), **{what: bad})

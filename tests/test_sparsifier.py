@@ -165,7 +165,8 @@ def test_no_warning_where_it_is_met(granularity, percent):
 
 # N:M
 
-@pytest.mark.parametrize('kind', ['Conv1d', 'Conv2d', 'Conv2d grouped', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose2d grouped', 'ConvTranspose3d grouped', 'Linear'])
+@pytest.mark.parametrize('kind',
+    ['Conv1d', 'Conv2d', 'Conv2d grouped', 'Conv3d', 'ConvTranspose1d', 'ConvTranspose2d', 'ConvTranspose2d grouped', 'ConvTranspose3d grouped', 'Linear'])
 @pytest.mark.parametrize('values', [None, .3])
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_nm_keeps_exactly_n_of_every_block(kind, values, dtype):
@@ -175,7 +176,8 @@ def test_nm_keeps_exactly_n_of_every_block(kind, values, dtype):
     inputs = naive_groups(layer, 'column' if kind == 'Linear' else 'shared_kernel').flatten()
     outputs = naive_groups(layer, 'row' if kind == 'Linear' else 'channel').flatten() # an output at one place of the kernel
     kept = {}
-    for i, o, v, old in zip(inputs.tolist(), outputs.tolist(), layer.weight.flatten().tolist(), w.flatten().tolist(), strict=True): kept.setdefault((i//2, o), []).append((v, old))
+    for i, o, v, old in zip(inputs.tolist(), outputs.tolist(), layer.weight.flatten().tolist(), w.flatten().tolist(), strict=True):
+        kept.setdefault((i//2, o), []).append((v, old))
     for (v1, w1), (v2, w2) in kept.values(): assert (v1, v2) == ((w1, 0) if abs(w1) > abs(w2) else (0, w2)), 'the larger stays, of equals the second'
 
 
@@ -284,13 +286,15 @@ def test_round_to_keeps_the_zeros_that_are_there(method):
 
 @pytest.mark.parametrize('bad', [0, -4, 2.5, True, '8', math.nan])
 def test_bad_round_to_is_refused(bad):
-    with pytest.raises(ValueError, match='round_to=.* has to be a whole number of groups, at least 1, such as 8'): Sparsifier(nn.Linear(8, 8), 'row').prune_model(50, round_to=bad)
+    with pytest.raises(ValueError, match='round_to=.* has to be a whole number of groups, at least 1, such as 8'):
+        Sparsifier(nn.Linear(8, 8), 'row').prune_model(50, round_to=bad)
 
 
 @pytest.mark.parametrize('method', ['local', 'global'])
 def test_round_to_larger_than_a_layer_is_refused_and_names_it(method):
     s = Sparsifier(nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 4)), 'row', method)
-    with pytest.raises(ValueError, match=r'round_to=8 is larger than these layers \(groups\): 1 \(4\); use a smaller one, or leave them out with exclude='): s.prune_model(50, round_to=8)
+    with pytest.raises(ValueError, match=r'round_to=8 is larger than these layers \(groups\): 1 \(4\); use a smaller one, or leave them out with exclude='):
+        s.prune_model(50, round_to=8)
     assert s.sparsity() == 0
     quietly(s.prune_layer, '0', 50, round_to=8)
     assert s.sparsity() == 100*24/112
@@ -325,7 +329,8 @@ def test_prune_layer_meets_its_own_target_with_global_too():
 
 @pytest.mark.parametrize('bad', ['nope', '1.*', nn.Linear(2, 2), nn.Linear, 3, None])
 def test_prune_layer_refuses_what_is_no_target_and_lists_them(bad):
-    with pytest.raises(ValueError, match='is not a layer of this Sparsifier; its layers are 0, 2'): Sparsifier(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))).prune_layer(bad, 50)
+    with pytest.raises(ValueError, match='is not a layer of this Sparsifier; its layers are 0, 2'):
+        Sparsifier(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))).prune_layer(bad, 50)
 
 
 def test_prune_layer_refuses_a_dict():
@@ -348,15 +353,20 @@ def test_the_last_key_that_means_a_layer_counts():
 
 
 def test_a_dict_says_which_layer_is_off():
-    with pytest.warns(SparsityWarning, match='0 has 33.33 % of 40 %'): Sparsifier(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4)), 'row', 'local').prune_model({'0': 40, '1': 25})
+    with pytest.warns(SparsityWarning, match='0 has 33.33 % of 40 %'):
+        Sparsifier(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4)), 'row', 'local').prune_model({'0': 40, '1': 25})
 
 
 def test_a_dict_needs_local():
-    with pytest.raises(ValueError, match="a dict gives each layer its own sparsity, but method='global'.*use method='local'"): Sparsifier(small_net()).prune_model({'0': 50})
+    with pytest.raises(ValueError, match="a dict gives each layer its own sparsity, but method='global'.*use method='local'"):
+        Sparsifier(small_net()).prune_model({'0': 50})
 
 
-@pytest.mark.parametrize('bad,says', [({}, 'empty dict; give at least one layer'), ({'nope': 50}, "sparsity key=.nope. matches no layer"), ({'1': 50}, "sparsity key '1' means none of the layers to prune, which are 0, 3, 8"),
-                                      ({'0': .7}, 'did you mean 70'), ({'0': 'a'}, 'is not a number'), ({'0': {'1': 2}}, 'has to be a percentage'), ({3: 50}, 'sparsity key=3 selects nothing'), ({'0': 150}, 'out of range')])
+@pytest.mark.parametrize('bad,says',
+    [({}, 'empty dict; give at least one layer'), ({'nope': 50}, "sparsity key=.nope. matches no layer"),
+    ({'1': 50}, "sparsity key '1' means none of the layers to prune, which are 0, 3, 8"),
+                                      ({'0': .7}, 'did you mean 70'), ({'0': 'a'}, 'is not a number'), ({'0': {'1': 2}}, 'has to be a percentage'),
+                                      ({3: 50}, 'sparsity key=3 selects nothing'), ({'0': 150}, 'out of range')])
 def test_bad_dicts_are_refused(bad, says):
     s = Sparsifier(small_net(), method='local')
     with pytest.raises(ValueError, match=says): s.prune_model(bad)
@@ -441,15 +451,15 @@ def test_a_lower_target_keeps_the_zeros_and_says_so():
     assert s.sparsity() == 75
 
 
-def test_one_survivor_of_a_dense_layer_with_infinite_scores():
+def test_infinite_scores_do_not_bring_zeros_back():
     "What is pruned stays below everything that is not, even below minus infinity"
-    layer = linear([1, -torch.inf, 2, 3])
+    layer = linear([1, 2, 3, -torch.inf])
     s = Sparsifier(layer, criteria='small_final')
     s.prune_model(25)
-    assert rows(layer.weight) == [[1, 0, 2, 3]]
-    layer.weight.data.copy_(torch.tensor([[torch.inf, 0, torch.inf, 1]]))
+    assert rows(layer.weight) == [[1, 2, 3, 0]]
+    layer.weight.data.copy_(torch.tensor([[torch.inf, torch.inf, 1, 0]]))
     s.prune_model(50)
-    assert rows(layer.weight) == [[0, 0, torch.inf, 1]]
+    assert bits(s.masks['weight']) == [[0, 1, 1, 0]] and rows(layer.weight) == [[0, torch.inf, 1, 0]]
 
 
 # plans: what the callback does
@@ -531,13 +541,15 @@ def test_a_nan_is_an_error_that_names_the_layer_and_changes_nothing(dtype):
         s.prune_model(20)
         model[3].weight.data[2, 1, 0, 0] = torch.nan
         before, masks = copy.deepcopy(model.state_dict()), {n: m.clone() for n, m in s.masks.items()}
-        with pytest.raises(ValueError, match="NaN among the scores of layer '3': its weights hold NaN, or the criterion large_final made it; nothing was pruned"): s.prune_model(70)
+        with pytest.raises(ValueError, match="NaN among the scores of layer '3': its weights hold NaN, or the criterion large_final made it; nothing was pruned"):
+            s.prune_model(70)
         assert same(masks, s.masks) and all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in model.state_dict().items())
 
 
 def test_a_nan_that_the_criterion_makes_is_an_error():
     "inf - inf"
-    with pytest.raises(ValueError, match="NaN among the scores of layer ''.*the criterion movement"): Sparsifier(linear([1, torch.inf]), criteria='movement').prune_model(50)
+    with pytest.raises(ValueError, match="NaN among the scores of layer ''.*the criterion movement"):
+        Sparsifier(linear([1, torch.inf]), criteria='movement').prune_model(50)
 
 
 def test_infinities_are_ranked():
@@ -555,6 +567,14 @@ def test_the_score_of_a_group_is_a_mean_or_what_one_passes():
         layer = linear(*weights)
         Sparsifier(layer, g).prune_model(50)
         assert rows(layer.weight) == expected
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_means_of_16_bit_weights_are_not_rounded_to_16_bits(dtype):
+    "1.001 on average is more than 1, though not in 16 bits"
+    layer = linear([1.5] + [1]*511, [1]*512).to(dtype)
+    Sparsifier(layer, 'row').prune_model(50)
+    assert bits(layer.weight[:, 0] != 0) == [1, 0]
 
 
 def test_means_make_groups_of_different_size_comparable():
@@ -575,7 +595,7 @@ def tied():
 def test_a_shared_tensor_is_one_target():
     model = tied()
     s = Sparsifier(model)
-    assert list(s.targets) == ['a.weight', 'c.weight']
+    assert list(s.targets) == ['a.weight', 'c.weight'] and [t.layer_name for t in find_targets(model, Granularity('weight'))[0]] == ['a', 'c']
     s.prune_model(50)
     assert count(s) == 16 and model['a'].weight is model['b'].weight and len(s.report().layers) == 2
 
@@ -607,7 +627,8 @@ def test_layers_without_the_granularity_are_named():
 
 
 def test_no_layer_has_the_granularity():
-    with pytest.raises(ValueError, match=r"no layer to prune by filter \(0: Linear has no granularity 'filter'.*types Linear, ReLU"): Sparsifier(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), 'filter')
+    with pytest.raises(ValueError, match=r"no layer to prune by filter \(0: Linear has no granularity 'filter'.*types Linear, ReLU"):
+        Sparsifier(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), 'filter')
     with pytest.raises(ValueError, match='no layer to prune by weight.*types ReLU'): Sparsifier(nn.Sequential(nn.ReLU()))
 
 
@@ -625,11 +646,20 @@ def test_a_computed_weight_is_refused_with_the_fix(make, fix):
 
 
 def test_the_fixes_for_computed_weights_work():
-    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 4))
     assert list(Sparsifier(model, exclude=['1', '2']).targets) == ['0.weight', '3.weight']
     assert list(Sparsifier(model, layers=['0', '3']).targets) == ['0.weight', '3.weight']
     for i in (1, 2): nn.utils.parametrize.remove_parametrizations(model[i], 'weight')
     assert len(Sparsifier(model).targets) == 4
+
+
+def test_leaving_out_one_computed_weight_does_not_leave_out_another():
+    wn = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(nn.Linear(4, 4), *(wn(nn.Linear(4, 4)) for _ in range(6)))
+    for i in range(1, 7):
+        with pytest.raises(ValueError, match=f"weight of layer '{2 if i == 1 else 1}' is computed at each forward"): Sparsifier(model, exclude=str(i))
+    assert list(Sparsifier(model, exclude=[str(i) for i in range(1, 7)]).targets) == ['0.weight']
 
 
 def test_torch_prune_leftovers_become_zeros_that_stay():
@@ -674,8 +704,10 @@ def test_the_model_stays_what_it_was(granularity):
 
     def state():
         hooks = [(k, len(v)) for m in model.modules() for k, v in vars(m).items() if 'hooks' in k]
-        return (list(model.state_dict()), [(n, id(p), p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()], [(n, id(b)) for n, b in model.named_buffers()],
-                [(n, id(m), type(m), sorted(vars(m)), m.training) for n, m in model.named_modules()], hooks, [p._backward_hooks and len(p._backward_hooks) for p in model.parameters()], model.calls)
+        return (list(model.state_dict()), [(n, id(p), p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()],
+            [(n, id(b)) for n, b in model.named_buffers()],
+                [(n, id(m), type(m), sorted(vars(m)), m.training) for n, m in model.named_modules()], hooks,
+                [p._backward_hooks and len(p._backward_hooks) for p in model.parameters()], model.calls)
     before = state()
     s = Sparsifier(model, granularity)
     assert state() == before
@@ -794,9 +826,12 @@ def test_loading_applies_the_masks_and_their_followers():
 
 
 @pytest.mark.parametrize('spoil,says', [
-    (lambda d: d['masks'].pop('0.weight'), r"masks do not fit the targets: missing \['0.weight'\], too many \[\]"), (lambda d: d['masks'].update(x=torch.ones(1)), r"missing \[\], too many \['x'\]"),
-    (lambda d: d['masks'].update({'8.weight': torch.ones(3, 3).bool()}), r'masks of 8.weight has shape \(3, 3\), but the weight has \(4, 16\)'), (lambda d: d['initial'].pop('8.weight'), 'initial do not fit'),
-    (lambda d: d.pop('initial'), r"the state has \['masks'\], but this Sparsifier keeps \['initial', 'masks'\]"), (lambda d: d.update(previous={}), 'it has to have the same criteria'), (lambda d: d.clear(), r'the state has \[\]')])
+    (lambda d: d['masks'].pop('0.weight'), r"masks do not fit the targets: missing \['0.weight'\], too many \[\]"),
+    (lambda d: d['masks'].update(x=torch.ones(1)), r"missing \[\], too many \['x'\]"),
+    (lambda d: d['masks'].update({'8.weight': torch.ones(3, 3).bool()}), r'masks of 8.weight has shape \(3, 3\), but the weight has \(4, 16\)'),
+    (lambda d: d['initial'].pop('8.weight'), 'initial do not fit'),
+    (lambda d: d.pop('initial'), r"the state has \['masks'\], but this Sparsifier keeps \['initial', 'masks'\]"),
+    (lambda d: d.update(previous={}), 'it has to have the same criteria'), (lambda d: d.clear(), r'the state has \[\]')])
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):
     s = stirred('movement')
     before, weights, state = s.state_dict(), copy.deepcopy(s.model.state_dict()), s.state_dict()
@@ -809,8 +844,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):
 # bad input
 
 @pytest.mark.parametrize('bad,says', [
-    (-5, 'sparsity=-5 is out of range; it is a percentage from 0 to 100'), (150, 'sparsity=150 is out of range'), (100.001, 'out of range'), (.7, r'sparsity=0.7 is less than one percent.*did you mean 70\?'), (.005, 'did you mean 0.5'),
-    (math.nan, 'sparsity=nan is out of range'), (math.inf, 'out of range'), (True, 'sparsity=True is not a number'), (False, 'sparsity=False is not a number'), ('abc', "sparsity='abc' is not a number; it is a percentage from 0 to 100 such as 70"),
+    (-5, 'sparsity=-5 is out of range; it is a percentage from 0 to 100'), (150, 'sparsity=150 is out of range'), (100.001, 'out of range'),
+    (.7, r'sparsity=0.7 is less than one percent.*did you mean 70\?'), (.005, 'did you mean 0.5'),
+    (math.nan, 'sparsity=nan is out of range'), (math.inf, 'out of range'), (True, 'sparsity=True is not a number'), (False, 'sparsity=False is not a number'),
+    ('abc', "sparsity='abc' is not a number; it is a percentage from 0 to 100 such as 70"),
     ('70', 'is not a number'), (None, 'sparsity=None is not a number'), ([70], 'is not a number'), (70+0j, 'is not a number'), ({}, 'empty dict')])
 def test_bad_sparsity_is_refused(bad, says):
     s = Sparsifier(nn.Linear(4, 4), method='local')
@@ -822,9 +859,12 @@ def test_bad_sparsity_is_refused(bad, says):
 
 
 @pytest.mark.parametrize('kw,says', [
-    (dict(granularity='abc'), "granularity 'abc' is unknown; choose one of weight"), (dict(granularity=None), 'granularity None is unknown'), (dict(granularity='4:2'), 'did you mean NM'),
-    (dict(method='abc'), "method 'abc' is unknown; choose one of 'local', 'global'"), (dict(criteria='abc'), "criteria 'abc' is unknown; choose one of random_score"), (dict(criteria=lambda w, fisher: w), 'fisher'),
-    (dict(layers='nope'), "layers='?nope'? matches no layer; the layers are 0, 1"), (dict(exclude='nope'), 'exclude=.*matches no layer'), (dict(layers=[]), 'layers=.. is empty'), (dict(layers=nn.BatchNorm1d), 'no layer|matches no layer')])
+    (dict(granularity='abc'), "granularity 'abc' is unknown; choose one of weight"), (dict(granularity=None), 'granularity None is unknown'),
+    (dict(granularity='4:2'), 'did you mean NM'),
+    (dict(method='abc'), "method 'abc' is unknown; choose one of 'local', 'global'"), (dict(criteria='abc'), "criteria 'abc' is unknown; choose one of random_score"),
+    (dict(criteria=lambda w, fisher: w), 'fisher'),
+    (dict(layers='nope'), "layers='?nope'? matches no layer; the layers are 0, 1"), (dict(exclude='nope'), 'exclude=.*matches no layer'),
+    (dict(layers=[]), 'layers=.. is empty'), (dict(layers=nn.BatchNorm1d), 'no layer|matches no layer')])
 def test_bad_options_are_refused_at_construction(kw, says):
     with pytest.raises(ValueError, match=says): Sparsifier(small_net(), **kw)
 

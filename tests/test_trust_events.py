@@ -34,9 +34,17 @@ def positions(cb): return [p for p, _ in cb.history]
 # -- the position in training
 
 def test_the_position_is_exact_and_never_rounded():
-    learn, cb = learner(nn.Sequential(nn.Flatten(), nn.Linear(1, 100)), dls=loaders(1500, bs=1, valid=1, size=1), metrics=None), SparsifyCallback(100, schedule=LINEAR)
+    learn, cb = learner(nn.Sequential(nn.Flatten(), nn.Linear(1, 100)), dls=loaders(1500, bs=1, valid=1, size=1), metrics=None), SparsifyCallback(100, schedule=LINEAR, update_every=1)
     fit(learn, 1, cbs=cb)
     assert positions(cb) == [(i+1)/1500 for i in range(1500)]
+
+
+def test_masks_are_updated_about_a_hundred_times_or_as_often_as_asked():
+    make = lambda: learner(nn.Sequential(nn.Flatten(), nn.Linear(1, 100)), dls=loaders(900, bs=1, valid=1, size=1), metrics=None)
+    for kwargs, low, high in ((dict(), 90, 115), (dict(update_every=300), 3, 4), (dict(update_every=10**6), 1, 2), (dict(update_every=1), 890, 900)):
+        learn, cb = make(), SparsifyCallback(80, schedule=LINEAR, **kwargs)
+        fit(learn, 1, cbs=cb)
+        assert low <= len(cb.history) <= high and cb.history[-1] == (1, 80) and is_exact(learn.model, 80)
 
 
 @pytest.mark.parametrize('start', [1, 2])
@@ -53,7 +61,7 @@ def test_short_epochs_end_at_the_target(pct, first):
     short, look = ShortEpochCallback(pct, short_valid=False), On(before_backward=lambda learn: trained.append(percent(learn.model)))
     fit(learn, 2, cbs=[short, cb, look] if first else [cb, look, short])
     n = len(trained)//2
-    assert positions(cb) == [(i+1)/(2*n) for i in range(2*n)]
+    assert positions(cb) == pytest.approx([(i+1)/(2*n) for i in range(2*n)], rel=1e-12) and positions(cb)[-1] == 1
     assert is_exact(learn.model, 80) and trained[-1] == percent(learn.model) # trained at it
 
 
@@ -65,7 +73,7 @@ def test_cancelled_steps_do_not_move_the_schedule(event, ex, which):
     chosen = dict(all=lambda learn: True, odd=lambda learn: learn.iter % 2, last=at(1, 3))[which]
     journal, seen = Journal(cb), []
     handle = forward_watch(learn.model, cb, seen)
-    fit(learn, 2, cbs=[cb, journal, On(order=55, **{event: when(lambda learn: learn.training and chosen(learn), throw(ex))})])
+    fit(learn, 2, cbs=[cb, journal, On(order=100, **{event: when(lambda learn: learn.training and chosen(learn), throw(ex))})])
     handle.remove()
     assert positions(cb) == [(i+1)/8 for i in range(8)] and is_exact(learn.model, 80)
     assert journal.regrown == 0 and journal.dense_state == 0 and not any(seen)
@@ -115,11 +123,11 @@ def test_fit_one_cycle_and_flat_cos():
 # -- validation is not training
 
 def image_learner(**kwargs):
-    items = [(np.random.RandomState(i).randint(0, 255, (8, 8), dtype=np.uint8), 'ab'[i % 2]) for i in range(24)]
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), getters=[lambda o: o[0], lambda o: o[1]], splitter=RandomSplitter(seed=0))
+    image = lambda i: np.random.RandomState(i).randint(0, 255, (8, 8), dtype=np.uint8)
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=image, get_y=lambda i: 'ab'[i % 2], splitter=RandomSplitter(seed=0))
     model = net()
     model[8] = nn.Linear(16, 2)
-    return learner(model, dls=block.dataloaders(items, bs=8, num_workers=0), **kwargs)
+    return learner(model, dls=block.dataloaders(range(24), bs=8, num_workers=0), **kwargs)
 
 
 def look_at_results(learn):
@@ -129,7 +137,7 @@ def look_at_results(learn):
 
 
 LOOKS = dict(validate=lambda learn: learn.validate(), get_preds=lambda learn: learn.get_preds(), with_loss=lambda learn: learn.get_preds(with_loss=True),
-             train_preds=lambda learn: learn.get_preds(ds_idx=0), predict=lambda learn: learn.predict(np.zeros((8, 8), dtype=np.uint8)), show_results=look_at_results,
+             train_preds=lambda learn: learn.get_preds(ds_idx=0), predict=lambda learn: learn.predict(3), show_results=look_at_results,
              tta=lambda learn: learn.tta(n=1, use_max=True))
 
 
@@ -141,14 +149,14 @@ def test_looking_at_a_model_has_no_effect_and_no_output(name, fitted, capsys):
     learn = image_learner(cbs=[cb, KeepSparsityCallback()])
     with quiet(learn):
         if fitted: learn.fit(2)
-        before, shape, masks, history = state_of(learn.model), anatomy(learn.model), masks_of(cb) if fitted else None, list(cb.history)
+        before, shape, masks, history, sparsifier = state_of(learn.model), anatomy(learn.model), masks_of(cb) if fitted else None, list(cb.history), cb.sparsifier
         capsys.readouterr()
         with warnings.catch_warnings():
             warnings.simplefilter('error', SparsityWarning)
             LOOKS[name](learn)
     assert same(before, state_of(learn.model)) and shape == anatomy(learn.model) and cb.history == history
     assert capsys.readouterr() == ('', '')
-    if fitted: assert same(masks, masks_of(cb)) and cb.current_sparsity == percent(learn.model)
+    if fitted: assert same(masks, masks_of(cb)) and cb.sparsifier is sparsifier
     else: assert cb.sparsifier is None
     with quiet(learn): learn.fit(1)
     assert cb.history[-1][0] <= 1 and regrown(cb) == 0
@@ -158,7 +166,7 @@ def test_a_tabular_learner():
     rng = np.random.RandomState(0)
     df = pd.DataFrame(dict(a=rng.randn(64), b=rng.randn(64), c=rng.choice(list('xyz'), 64), y=rng.choice(list('pq'), 64)))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['c'], cont_names=['a', 'b'], y_names='y', y_block=CategoryBlock(), bs=16, valid_idx=list(range(48, 64)))
-    learn, cb = tabular_learner(dls, layers=[20, 10]), SparsifyCallback(60)
+    learn, cb = tabular_learner(dls, layers=[20, 10], n_out=2), SparsifyCallback(60)
     with quiet(learn):
         learn.fit(2, cbs=cb)
         before = state_of(learn.model)
@@ -291,7 +299,7 @@ def test_a_fit_that_another_callback_cancels_at_once_does_nothing():
         before = state_of(learn.model)
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            fit(learn, 1, cbs=On(before_fit=throw(CancelFitException), order=-100))
+            fit(learn, 1, cbs=On(before_fit=throw(CancelFitException)))
         assert same(before, state_of(learn.model))
 
 
