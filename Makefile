@@ -34,9 +34,9 @@ test: $(VENV)/.dev
 	$(call say,README.md is nbs/index.ipynb)
 	$(BIN)/python .ci/readme.py --check
 	$(call say,nbdev-test)
-	$(BIN)/nbdev-test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test
 	$(call say,pytest)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 	$(call say,ruff check)
 	$(BIN)/ruff check
 	$(call say,all passed)

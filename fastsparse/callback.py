@@ -7,8 +7,8 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/11_callback.ipynb #3b32e57a
-import inspect, sys, warnings
+# %% ../nbs/11_callback.ipynb #20b88427
+import dis, inspect, sys, warnings
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -19,8 +19,8 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
 import fastai.callback.schedule # noqa: F401 (adds fine_tune to Learner)
-from fastai.learner import Learner, Recorder
-from fastai.torch_core import get_model
+from fastai.learner import Learner
+from fastai.torch_core import get_model, rank_distrib
 import numpy as np
 from .granularity import as_granularity
 from .criteria import as_criterion, large_final
@@ -32,11 +32,12 @@ from .sparsifier import Sparsifier, SparsityWarning, check_request
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/11_callback.ipynb #833099bf
+# %% ../nbs/11_callback.ipynb #b580c38f
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
-    order,_stateattrs = Recorder.order+1,('_holder',)
-    _holder = None
+    order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
+    _holder = _made_for_fit = None
+    _epoch = -1
 
     def make_holder(self) -> MaskHolder:
         "What holds the zeros in this fit; subclasses say"
@@ -44,21 +45,32 @@ class HoldingCallback(Callback):
 
     def before_fit(self):
         if self.lock.locked(): return # validate or get_preds, maybe in the middle of a fit of ours
-        self._holder = None # of a fit that broke
-        if hasattr(self.learn, 'lr_finder'): return
-        self._holder = self.make_holder()
-        self._crowded = any(cb.order > self.order and not type(cb).__module__.startswith(('fastai.','fastsparse.')) for cb in self.learn.cbs)
+        self._holder,self._made_for_fit,self._epoch = None,None,-1 # also of a fit that broke
+        if not hasattr(self.learn, 'lr_finder'): self._made_for_fit = self.make_holder()
+
+    def begin(self):
+        "The first epoch of training begins"
+        self._holder,self._made_for_fit = self._made_for_fit,None
+        self._crowded = any(type(cb) is Callback or not type(cb).__module__.startswith(('fastai.','fastsparse.')) for cb in self.learn.cbs)
 
     @property
     def _active(self): return self._holder is not None and not self.lock.locked()
 
     def _optimizer_state(self):
-        "What the optimizer remembers of a parameter, also where mixed precision steps a copy of it"
-        state = getattr(self.opt, 'opt', self.opt).state
-        copies = {id(p): c for cb in self.learn.cbs if hasattr(cb, 'master_pgs') for ps,cs in zip(cb.model_pgs, cb.master_pgs) for p,c in zip(ps, cs)}
-        return lambda p: state.get(copies.get(id(p), p), {})
+        "What the optimizer remembers of a parameter, and copies of it that are stepped instead or averaged in"
+        state,copies = getattr(self.opt, 'opt', self.opt).state,{}
+        for cb in self.learn.cbs:
+            if hasattr(cb, 'master_pgs'): copies |= {id(p): c for ps,cs in zip(cb.model_pgs, cb.master_pgs) for p,c in zip(ps, cs)}
+        slow = {id(p): c for ps,cs in zip(self.opt.param_lists, getattr(self.opt, 'slow_weights', None) or []) for p,c in zip(ps, cs)}
+        def of(p):
+            stepped = copies.get(id(p), p)
+            return {**state.get(stepped, {}), **({'copy': stepped} if stepped is not p else {}), **({'slow': slow[id(stepped)]} if id(stepped) in slow else {})}
+        return of
 
+    def before_epoch(self):
+        if not self.lock.locked(): self._epoch = max(self._epoch+1, self.epoch) # a validation in the middle of a fit resets the Learner's
     def before_train(self):
+        if self._made_for_fit is not None and not self.lock.locked(): self.begin()
         if self._active: self._holder.mask_state(self._optimizer_state())
     def before_batch(self):
         if self._active and (self._crowded if self.training else self.iter == 0): self._holder.apply_masks()
@@ -71,32 +83,41 @@ class HoldingCallback(Callback):
     def after_epoch(self):
         if self._active: self._holder.apply_masks()
     def after_fit(self):
-        if self._active: self._holder = None
+        if self.lock.locked(): return
+        if self._holder is not None and self.train_iter: self._holder.apply_masks()
+        self._holder = self._made_for_fit = None
 
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/11_callback.ipynb #22458a1e
+# %% ../nbs/11_callback.ipynb #3b0ab31c
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
     return next((i+1 for i in range(learn.n_iter) if i/learn.n_iter >= min(cuts)), learn.n_iter) if cuts else learn.n_iter
 
 _fine_tune = inspect.unwrap(Learner.fine_tune).__code__
+_unfreezes = next(i.offset for i in dis.get_instructions(_fine_tune) if i.argval == 'unfreeze')
 
 def _frozen_phase(learn):
-    "Whether this fit is the frozen half of a `fine_tune` whose other half will follow"
+    "Whether this fit is the first half of a `fine_tune` whose other half will follow"
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is _fine_tune and frame.f_locals.get('self') is learn:
-            return learn.opt.frozen_idx > 0 and frame.f_locals['epochs'] > 0
+        if frame.f_code is _fine_tune and frame.f_locals.get('self') is learn: return frame.f_lasti < _unfreezes and frame.f_locals['epochs'] > 0
         frame = frame.f_back
     return False
 
-# %% ../nbs/11_callback.ipynb #bc152378
+# %% ../nbs/11_callback.ipynb #566e2a51
+def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
+    for mask in masks.values():
+        plain = mask.contiguous()
+        distributed.broadcast(plain.view(torch.uint8), 0)
+        mask.copy_(plain)
+
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
-    _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot')
+    _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot','_resumed')
 
     def __init__(self,
         sparsity:float|dict, # Percent of the targets' weights that shall be zero, from 0 to 100; with 'local' a dict {layer selector: percent}
@@ -127,12 +148,11 @@ class SparsifyCallback(HoldingCallback):
         if save_tickets and not lth: raise ValueError("save_tickets saves the ticket of each lottery round, but there are none; add lth=True")
         store_attr()
         self.history = [] # (position, percent) at each update of the masks
-        self._resumed = None
         self._init_state()
 
     def _init_state(self): # also after unpickling: what is in `_stateattrs` does not travel
         super()._init_state()
-        self.sparsifier = self._holder = self._plan = self._snapshot = None
+        self.sparsifier = self._holder = self._made_for_fit = self._plan = self._snapshot = self._resumed = None
 
     # -- what a user reads
 
@@ -144,37 +164,57 @@ class SparsifyCallback(HoldingCallback):
     def report(self) -> SparsityReport: # A value that shows itself as a table
         "What is zero now, counted layer by layer"
         return self._made().report()
-    def state_dict(self) -> dict:
-        "The state of the `Sparsifier`, to go on in another process"
-        return self._made().state_dict()
+    def state_dict(self) -> dict: # Tensors and numbers only
+        "The state of the `Sparsifier` and of its plan, to go on in another process"
+        return {**self._made().state_dict(), 'start': dict(self._start)}
     def load_state_dict(self,
         state:dict, # Made by `state_dict`
     ):
         "Start the next fit with the masks, and what the criterion remembers, of `state`"
-        self._resumed = state
+        self._resumed = dict(state)
     def _made(self):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-    # -- a fit begins
+    # -- a fit begins: what does not fit is refused in before_fit, and nothing is taken over before training
+
+    def before_fit(self):
+        super().before_fit()
+        if self._made_for_fit is not None or self._holder is not None: self._add_column() # a validation in mid-fit makes the Recorder forget it
 
     def make_holder(self):
         sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude)
-        plan = sparsifier.plan(self.sparsity, self.round_to)
+        sparsifier.check_finite()
         self._check_alone(sparsifier)
-        if self.lth or self.reset_end: self._check_rewind()
-        if self._resumed is not None: sparsifier.load_state_dict(self._resumed)
-        if self._resumed is not None or hasattr(self.learn, 'skip_to_epoch'): plan = replace(plan, start={n: 0. for n in plan.end}) # these zeros are of this very run
-        self.sparsifier,self._plan,self._resumed,self._snapshot = sparsifier,plan,None,None
-        self.history,self._progress,self._trained,self._waits = [],0.,False,_frozen_phase(self.learn)
-        self._add_column()
+        self._waits = _frozen_phase(self.learn)
+        if (self.lth or self.reset_end) and not self._waits: self._check_rewind()
+        if self.sparsifier is not None and self.sparsifier.model is sparsifier.model: self._inherit(sparsifier)
+        start = None
+        if self._resumed is not None:
+            start = self._resumed.get('start')
+            sparsifier.load_state_dict({k: v for k,v in self._resumed.items() if k != 'start'})
+        elif hasattr(self.learn, 'skip_to_epoch') and self.schedule(1.) < 1: start = {} # a schedule that falls began lower
+        self._plan = sparsifier.plan(self.sparsity, self.round_to)
+        if start is not None: self._plan = replace(self._plan, start={n: start.get(n, 0.) for n in self._plan.end})
+        if getattr(self.learn, 'n_epoch', None) == 0: self.sparsifier,self._start = sparsifier,self._plan.start # training will not begin
         return sparsifier
+
+    def _inherit(self, sparsifier): # a layer that was pruned as a whole looks like one that was initialised with zeros
+        for n,mask in self.sparsifier.masks.items():
+            if n in sparsifier.masks and not mask.any() and not sparsifier.targets[n].weight.any(): sparsifier.masks[n] = mask.clone()
+        sparsifier.refresh()
+
+    def begin(self):
+        super().begin()
+        self.sparsifier,self._start,self._resumed,self._snapshot = self._holder,self._plan.start,None,None
+        self._progress = 0.
+        self.history.clear()
 
     def _check_alone(self, sparsifier):
         mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
         for cb in self.learn.cbs:
-            if isinstance(cb, SparsifyCallback) and cb is not self and cb._holder is not None:
-                if both := [t.layer_name for t in cb._holder.targets.values() if id(t.layer.weight) in mine]:
+            if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
+                if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.layer.weight) in mine]:
                     raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; each could undo or overshoot the other's target, so give each its own with layers= or exclude=")
 
     def _add_column(self):
@@ -187,17 +227,15 @@ class SparsifyCallback(HoldingCallback):
     # -- and goes on
 
     @property
-    def _position(self): return min((self.epoch + (self.iter+1)/self._n_batches)/self.n_epoch, 1.)
+    def _position(self): return (self._epoch + min((self.iter+1)/self._n_batches, 1.))/self.n_epoch
 
     def before_train(self):
         super().before_train()
-        if self._active and (self.lth or self.reset_end) and self.epoch == self.rewind_epoch: self._snapshot = Snapshot(self.sparsifier.model, self.opt)
+        if self._active and (self.lth or self.reset_end) and not self._waits and self._epoch == self.rewind_epoch: self._snapshot = Snapshot(self.sparsifier.model, self.opt)
 
     def before_batch(self):
-        if not self._active: return
-        if self.training:
+        if self._active and self.training:
             if self.iter == 0: self._n_batches = _batches(self.learn)
-            self._trained = True
             if not self._waits and self._due(): self._go_to(self._position)
         super().before_batch()
 
@@ -205,24 +243,17 @@ class SparsifyCallback(HoldingCallback):
         if self.schedule.rounds or self.schedule(self._position) == self.schedule(1.): return True
         total = self.n_epoch*self._n_batches
         every = self.update_every or max(round(total*(self.schedule.end_pct - self.schedule.start_pct)/100), 1)
-        return (self.epoch*self._n_batches + self.iter) % every == 0
+        return (self._epoch*self._n_batches + self.iter) % every == 0
 
     def _go_to(self, position):
         progress = self.schedule(position)
         if progress == self._progress: return
-        percent = self.sparsifier.advance(self._plan, progress)
-        self._share_masks()
+        percent = self.sparsifier.advance(self._plan, progress, _agree)
         self._holder.mask_state(self._optimizer_state())
         rose,self._progress = progress > self._progress,progress
         self.history.append((position, percent))
         if self.lth and rose: self._rewind(percent)
         if progress == 1: self._restart_trackers()
-
-    def _share_masks(self): # rank 0 decides: criteria may be random, or differ in the last bit
-        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
-        for mask in self.sparsifier.masks.values(): distributed.broadcast(mask.view(torch.uint8), 0)
-        self.sparsifier.refresh()
-        self.sparsifier.apply_masks()
 
     def _restart_trackers(self):
         for cb in self.learn.cbs:
@@ -231,22 +262,24 @@ class SparsifyCallback(HoldingCallback):
                 if hasattr(cb, 'wait'): cb.wait = 0
 
     def after_validate(self):
-        if self._active and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.current_sparsity)
+        if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
 
     def after_train(self): # epochs can be cut short in ways that nobody announces
-        if self._active and self._trained and not self._waits and self.epoch == self.n_epoch-1: self._go_to(1.)
+        if self._active and not self._waits and self._epoch == self.n_epoch-1: self._go_to(1.)
 
     def after_fit(self):
-        if not self._active: return
-        if self.reset_end and self._snapshot: self._rewind()
-        if self._trained and not self._waits and self._progress != self.schedule(1.):
-            warnings.warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})", SparsityWarning, stacklevel=2)
-        self._plan = self._snapshot = None
+        if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began
+            if self.reset_end and self._snapshot: self._rewind()
+            if self._progress != self.schedule(1.):
+                warnings.warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})", SparsityWarning, stacklevel=2)
         super().after_fit()
+        if not self.lock.locked(): self._snapshot = None
 
     # -- lottery tickets
 
     def _check_rewind(self):
+        if hasattr(self.learn, 'skip_to_epoch') and self.learn.skip_to_epoch._skip_to > self.rewind_epoch:
+            raise ValueError(f"this fit rewinds to epoch {self.rewind_epoch}, which is skipped by start_epoch={self.learn.skip_to_epoch._skip_to}; start earlier, or rewind to a later epoch")
         if self.rewind_epoch >= max(self.n_epoch, 1): raise ValueError(f"rewind_epoch={self.rewind_epoch}, but this fit has only the epochs 0 to {self.n_epoch-1}")
         if self.lth and self.rewind_epoch/max(self.n_epoch, 1) > self.schedule.start_pct:
             raise ValueError(f"rewind_epoch={self.rewind_epoch} begins after the first round, at {self.schedule.start_pct:.0%} of {self.n_epoch} epochs; rewind to an earlier epoch or start the schedule later")
@@ -256,5 +289,5 @@ class SparsifyCallback(HoldingCallback):
         self._snapshot.restore(self.sparsifier.model, self.opt)
         self.sparsifier.apply_masks()
         self._holder.mask_state(self._optimizer_state())
-        if self.save_tickets and percent is not None:
+        if self.save_tickets and percent is not None and rank_distrib() == 0:
             save_ticket(self.sparsifier.model, self.path/self.model_dir/'tickets' if self.save_tickets is True else Path(self.save_tickets), percent)

@@ -7,11 +7,11 @@ Docs: https://fastsparse.github.io/fastsparse/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_learner', 'folder_learner', 'demo', 'main']
 
-# %% ../nbs/12_demo.ipynb #7bdc246e
+# %% ../nbs/12_demo.ipynb #9cd8d368
 from pathlib import Path
 from fastcore.script import call_parse
 
-# %% ../nbs/12_demo.ipynb #ce0aa7a4
+# %% ../nbs/12_demo.ipynb #2775c3cc
 def digits_learner(
     seed:int=0, # Of the split and the weights
 ): # A fastai Learner
@@ -36,7 +36,7 @@ def digits_learner(
     model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/12_demo.ipynb #c9658595
+# %% ../nbs/12_demo.ipynb #0232a37d
 def _check_folder(data):
     "The folder of validation images under `data`; a ValueError says what is wrong with the layout"
     layout = "it needs train/<class>/*.jpg and test/<class>/*.jpg (or valid/), as untar_data(URLs.CIFAR) makes them"
@@ -75,7 +75,7 @@ def folder_learner(
     dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=min(bs, len(images)), num_workers=2)
     return Learner(dls, resnet18(weights=None, num_classes=dls.c), metrics=accuracy)
 
-# %% ../nbs/12_demo.ipynb #abfe8feb
+# %% ../nbs/12_demo.ipynb #219048bc
 def _pictures(out, before, after, cb):
     import matplotlib
     matplotlib.use('Agg')

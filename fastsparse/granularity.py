@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 __all__ = ['LayerType', 'register_layer', 'layer_type', 'available_granularities', 'Groups', 'Granularity', 'NMGroups', 'NM',
            'as_granularity', 'output_groups']
 
-# %% ../nbs/00_granularity.ipynb #b240201f
+# %% ../nbs/00_granularity.ipynb #5d0e8c0b
 import re
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-# %% ../nbs/00_granularity.ipynb #c7f41ece
+# %% ../nbs/00_granularity.ipynb #c03a2dcd
 def _conv_granularities(
     spatial:str, # The spatial axes of a kernel, such as 'kh kw'
 ) -> dict[str,str]: # Name to kept axes
@@ -28,7 +28,7 @@ def _conv_granularities(
     drops['layer'] = f'out in {spatial}'
     return {name: ' '.join(a for a in axes if a not in d.split()) for name,d in drops.items() if set(d.split()) <= set(axes)}
 
-# %% ../nbs/00_granularity.ipynb #3939b715
+# %% ../nbs/00_granularity.ipynb #a25e90a9
 @dataclass(frozen=True)
 class LayerType:
     "What is known of one class of layers"
@@ -49,7 +49,7 @@ def register_layer(
             raise ValueError(f"granularity {name!r} of {cls.__name__} keeps {sorted(unknown)}, but its axes are {list(axes)}")
     _layer_types[cls] = LayerType(axes, dict(granularities))
 
-# %% ../nbs/00_granularity.ipynb #dc8d5ace
+# %% ../nbs/00_granularity.ipynb #eba69853
 for d,spatial in {2: 'kh kw', 1: 'k', 3: 'kd kh kw'}.items():
     register_layer(getattr(nn, f'Conv{d}d'), f'out in {spatial}', _conv_granularities(spatial))
     register_layer(getattr(nn, f'ConvTranspose{d}d'), f'in out {spatial}', _conv_granularities(spatial))
@@ -62,7 +62,7 @@ def layer_type(
     cls = layer if isinstance(layer, type) else type(layer)
     return next((_layer_types[c] for c in cls.__mro__ if c in _layer_types), None)
 
-# %% ../nbs/00_granularity.ipynb #0dd246c3
+# %% ../nbs/00_granularity.ipynb #05f07bcd
 def available_granularities(
     layer:nn.Module|type|None=None, # A layer or a class of layers; None for all that is registered
 ) -> list[str]: # Names, in the order of their registration
@@ -75,7 +75,7 @@ def available_granularities(
 def _cls_name(layer): return (layer if isinstance(layer, type) else type(layer)).__name__
 def _known_types(): return f"Prunable types: {', '.join(c.__name__ for c in _layer_types)}"
 
-# %% ../nbs/00_granularity.ipynb #7d9e8061
+# %% ../nbs/00_granularity.ipynb #0b9dca06
 @dataclass(frozen=True)
 class Groups:
     "The groups of one weight tensor: those weights that agree on the `keep` axes"
@@ -128,7 +128,7 @@ class Groups:
         "A mask of the weight's shape from a decision for each group"
         return kept.view(self._kept).expand(self._full).reshape(self.shape)
 
-# %% ../nbs/00_granularity.ipynb #cd6cb4fe
+# %% ../nbs/00_granularity.ipynb #136f9a0c
 @dataclass(frozen=True)
 class Granularity:
     "Groups of weights that agree on some axes of their layer"
@@ -147,6 +147,7 @@ class Granularity:
         if known is None or self.name not in known.granularities:
             raise ValueError(f"{_cls_name(layer)} has no granularity {self.name!r}"
                              + (f", only {', '.join(known.granularities)}" if known else ''))
+        _check_plain(layer)
         return _groups(layer, known, known.granularities[self.name], self.reduce)
 
     def __str__(self): return self.name
@@ -157,10 +158,13 @@ def _groups(layer, known, keep, reduce=torch.mean):
     axes = (('group',) if split > 1 else ()) + known.axes
     return Groups(tuple(layer.weight.shape), axes, frozenset(keep), split, reduce)
 
+def _check_plain(layer): # a computed weight is not even looked at: that can change the buffers of its parametrization
+    if 'weight' not in layer._parameters: raise RuntimeError(f"the weight of {_cls_name(layer)} is no plain parameter: it is computed at each forward")
+
 def _unknown(value): return (f"granularity {value!r} is unknown; choose one of {', '.join(available_granularities())}, "
                              "a pattern such as '2:4', or an object such as NM(2, 4)")
 
-# %% ../nbs/00_granularity.ipynb #33f9e28b
+# %% ../nbs/00_granularity.ipynb #a79e1305
 @dataclass(frozen=True)
 class NMGroups(Groups):
     "Blocks of `m` consecutive weights along the input axis, each block a row of its own"
@@ -203,6 +207,7 @@ class NM:
         "The blocks of `layer`; a ValueError says why a layer has none"
         known = layer_type(layer)
         if known is None or 'in' not in known.axes: raise ValueError(f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}")
+        _check_plain(layer)
         g = _groups(layer, known, ' '.join(known.axes))
         inputs = g._full[g.axes.index('in')]
         if inputs % self.m: raise ValueError(f"its {inputs} inputs do not divide into blocks of {self.m}")
@@ -210,7 +215,7 @@ class NM:
 
     def __str__(self): return f'{self.n}:{self.m}'
 
-# %% ../nbs/00_granularity.ipynb #4b2c37a7
+# %% ../nbs/00_granularity.ipynb #1f7c4f45
 def as_granularity(
     value, # A name, a pattern such as '2:4', or a granularity object
 ) -> Granularity|NM: # The object that it stands for

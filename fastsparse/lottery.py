@@ -7,13 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/lottery.html.md"""
 # %% auto #0
 __all__ = ['Snapshot', 'save_ticket']
 
-# %% ../nbs/09_lottery.ipynb #015602e1
+# %% ../nbs/09_lottery.ipynb #ede41498
 import copy
 from pathlib import Path
 import torch
 from torch import nn
 
-# %% ../nbs/09_lottery.ipynb #3dbde1fa
+# %% ../nbs/09_lottery.ipynb #0bca477a
 class Snapshot:
     "A copy of everything that training changes in a model and its optimizer"
     def __init__(self,

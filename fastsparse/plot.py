@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/plot.html.md"""
 # %% auto #0
 __all__ = ['plot_kernels', 'plot_sparsity', 'plot_schedule']
 
-# %% ../nbs/10_plot.ipynb #9cf1e194
+# %% ../nbs/10_plot.ipynb #c9d8aa6e
 import math
 import torch
 from torch import nn
 from .granularity import layer_type
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/10_plot.ipynb #42af3360
+# %% ../nbs/10_plot.ipynb #e9518aaf
 def _tiles(layer): # the weight as (filters, channels, height, width), whatever the rank of the layer
     w = layer.weight.detach().float().cpu()
     if layer_type(layer).axes[0] == 'in': w = w.transpose(0, 1)
@@ -84,7 +84,7 @@ def plot_kernels(
     for s in ax.spines.values(): s.set_visible(False)
     return ax
 
-# %% ../nbs/10_plot.ipynb #e257346e
+# %% ../nbs/10_plot.ipynb #b0efdbfb
 def plot_sparsity(
     report:SparsityReport|nn.Module, # A report, or a model to count in
     ax=None, # A matplotlib axis; None for a new figure
@@ -104,7 +104,7 @@ def plot_sparsity(
     ax.tick_params(axis='y', length=0)
     return ax
 
-# %% ../nbs/10_plot.ipynb #2322be9b
+# %% ../nbs/10_plot.ipynb #bf127158
 def plot_schedule(
     schedule, # A `Schedule`
     history:list[tuple[float,float]]=(), # Positions and percents, such as `cb.history`

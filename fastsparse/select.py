@@ -7,12 +7,12 @@ Docs: https://fastsparse.github.io/fastsparse/select.html.md"""
 # %% auto #0
 __all__ = ['check_selector', 'select_layers']
 
-# %% ../nbs/05_select.ipynb #eab98dd1
+# %% ../nbs/05_select.ipynb #43b24ff2
 from fnmatch import fnmatchcase
 from typing import Iterator
 from torch import nn
 
-# %% ../nbs/05_select.ipynb #316ba9b9
+# %% ../nbs/05_select.ipynb #14968437
 def check_selector(
     selector, # Anything
     what:str='layers', # The name of the argument, for the error message

@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['check_sparsity', 'check_request', 'Target', 'find_targets', 'Plan', 'SparsityWarning', 'Sparsifier']
 
-# %% ../nbs/08_sparsifier.ipynb #42b536e2
+# %% ../nbs/08_sparsifier.ipynb #416d4e3f
 import sys, warnings
 from dataclasses import dataclass
 from functools import reduce
@@ -23,7 +23,7 @@ from .select import check_selector, select_layers
 from .dependants import find_followers
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/08_sparsifier.ipynb #12f45320
+# %% ../nbs/08_sparsifier.ipynb #9378a9fc
 def check_sparsity(
     sparsity, # Percent, or a dict {layer selector: percent}
 ):
@@ -56,7 +56,7 @@ def check_request(
         for p in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
             if p and abs(p - granularity.percent) > .01: raise ValueError(f"sparsity={p} does not go with the pattern {granularity}, which always makes {granularity.percent:g} % zero; ask for {granularity.percent:g}")
 
-# %% ../nbs/08_sparsifier.ipynb #5797b381
+# %% ../nbs/08_sparsifier.ipynb #7635b32f
 @dataclass(eq=False)
 class Target:
     "One prunable tensor of a model"
@@ -110,7 +110,7 @@ def find_targets(
         raise ValueError(f"no layer to prune by {granularity} ({why}); the model has layers of types {', '.join(types)}")
     return targets,dense
 
-# %% ../nbs/08_sparsifier.ipynb #08a14a12
+# %% ../nbs/08_sparsifier.ipynb #ad10f5ce
 @dataclass(frozen=True)
 class Plan:
     "What each target has, and what it shall have"
@@ -128,7 +128,7 @@ class Plan:
         want = [progress*p*sizes[n]/100 for n,p in self.end.items()]
         return max(want, had, key=sum) if together else [max(w, h) for w,h in zip(want, had)]
 
-# %% ../nbs/08_sparsifier.ipynb #df84c9ef
+# %% ../nbs/08_sparsifier.ipynb #50d010db
 class SparsityWarning(UserWarning):
     "Something was done as well as it could be, but not as it was asked for"
 
@@ -140,12 +140,13 @@ def _warn(message): # in the name of the first caller outside of this package an
 class _Scores:
     "The group scores of some targets, computed whenever they are asked for"
     def __init__(self, sparsifier, targets):
-        self.sparsifier,self.targets,self.seed = sparsifier,targets,sparsifier._new_seed()
+        self.sparsifier,self.targets,self.seed = sparsifier,targets,None
         self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one for all, or they could not be compared
     def __len__(self): return len(self.targets)
     def __getitem__(self, i):
         t,s = self.targets[i],self.sparsifier
         w,given = t.weight,{}
+        if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # drawn only when it is needed
         for name in s._reads:
             given[name] = torch.Generator().manual_seed(self.seed + i) if name == 'generator' else s._memory[name][t.name]
         scores = s.criteria(w, **given)
@@ -176,7 +177,7 @@ class Sparsifier(MaskHolder):
         self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in targets}
         self._reads = evidence(self.criteria)
         self._memory = {e: {t.name: t.weight.clone() for t in targets} for e in self._reads if e != 'generator'}
-        self._followers,self.untraced = [],None
+        self._followers,self._following,self._aside,self.untraced = [],{},{},None
         if any(t.whole_outputs for t in targets):
             self._followers,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs})
         self.refresh()
@@ -230,12 +231,13 @@ class Sparsifier(MaskHolder):
     def advance(self,
         plan:Plan, # Made by `plan`
         progress:float, # How much of the plan, from 0 to 1
+        agree:Callable|None=None, # Called with the new masks before they are applied, to let several processes agree on them in place
     ) -> float: # Percent of the planned targets' weights that the masks now make zero
         "Carry out `plan` up to this `progress`: choose the masks anew, and apply them"
-        return self._reach(plan, progress, self.method)
+        return self._reach(plan, progress, self.method, agree)
 
     @torch.no_grad()
-    def _reach(self, plan, progress, method):
+    def _reach(self, plan, progress, method, agree=None):
         targets = [self.targets[n] for n in plan.end]
         sizes = {t.name: t.weight.numel() for t in targets}
         wanted = plan.wanted(progress, sizes, together=method is not local)
@@ -244,7 +246,8 @@ class Sparsifier(MaskHolder):
         floor = 0 if getattr(self.granularity, 'name', None) == 'layer' else 1
         had = [round(plan.start[t.name]*t.groups.n/100) for t in targets]
         lost = allocate(method, scores, n, step, wanted, had, plan.round_to, floor)
-        masks = {t.name: self._like(t, t.groups.expand(keep_mask(scores[i], k))) for i,(t,k) in enumerate(zip(targets, lost))}
+        masks = {t.name: self._like(t, t.groups.expand(keep_mask(scores[i], k)) if 0 < k < t.groups.n else torch.tensor(k == 0)) for i,(t,k) in enumerate(zip(targets, lost))}
+        if agree is not None: agree(masks)
         self.masks.update(masks)
         if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})
         self.refresh()
@@ -280,15 +283,27 @@ class Sparsifier(MaskHolder):
         "Take note of a change of `masks`, and let what depends on them follow"
         self._sparse = {n for n,m in self.masks.items() if not m.all()}
         alive = {n: output_groups(t.layer).alive(self.masks[n])[0] for n,t in self.targets.items() if t.whole_outputs}
+        before = self._following
         self._following = {f.name: f.mask(alive) for f in self._followers} if any(not a.all() for a in alive.values()) else {}
+        for f in self._followers:
+            t,none = f.tensor.detach(),torch.ones_like(f.tensor, dtype=torch.bool)
+            was,now = before.get(f.name, none).to(t.device),self._following.get(f.name, none)
+            if f.name not in self._aside: self._aside[f.name] = t.clone()
+            self._aside[f.name] = torch.where(was & ~now, t, self._aside[f.name].to(t.device))
+            # a filter returns at zero, its BatchNorm as it was: with zeros in both, or behind a ReLU at zero, no gradient would ever reach it
+            if (back := now & ~was).any(): t[back] = self._aside[f.name][back] if f.attr != 'weight' else self._aside[f.name][back].masked_fill(self._aside[f.name][back] == 0, 1)
 
     def _like(self, t, mask): return torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
 
     def _infer(self, t):
         alive = t.groups.alive(t.weight != 0)
-        return self._like(t, t.groups.expand(alive if alive.any() else torch.ones_like(alive)))
+        if not alive.any() and getattr(self.granularity, 'name', None) != 'layer': alive = torch.ones_like(alive)
+        return self._like(t, t.groups.expand(alive))
 
-    def _new_seed(self): return int(torch.randint(2**62, ())) if 'generator' in self._reads else 0
+    def check_finite(self):
+        "Raise a ValueError if a target holds NaN, and name it"
+        for t in self.targets.values():
+            if t.weight.isnan().any(): raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
 
     # -- telling
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
                                   CancelValidException)
-from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -220,12 +219,6 @@ def test_validation_in_a_fit_leaves_the_column_where_it_is():
     learn, cb = learner(), SparsifyCallback(80)
     fit(learn, 3, cbs=[cb, On(after_epoch=when(lambda learn: learn.epoch == 0 and not learn.lock.locked(), lambda learn: learn.validate()), order=100)])
     assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'sparsity', 'time']
-
-
-def test_a_tracker_of_sparsity_may_stay_attached(tmp_path):
-    learn = learner(cbs=[SparsifyCallback(80), SaveModelCallback(monitor='sparsity', comp=np.greater)], path=tmp_path)
-    fit(learn, 1)
-    with quiet(learn): learn.validate(); learn.get_preds()
 
 
 # -- exceptions: after_fit may never come
