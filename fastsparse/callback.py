@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/11_callback.ipynb #20b88427
+# %% ../nbs/11_callback.ipynb #8325b4ed
 import dis, inspect, sys, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier, SparsityWarning, check_request
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/11_callback.ipynb #b580c38f
+# %% ../nbs/11_callback.ipynb #9263ec42
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
@@ -90,7 +90,7 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/11_callback.ipynb #3b0ab31c
+# %% ../nbs/11_callback.ipynb #44938ff7
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -107,7 +107,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/11_callback.ipynb #566e2a51
+# %% ../nbs/11_callback.ipynb #2836802e
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -184,7 +184,6 @@ class SparsifyCallback(HoldingCallback):
 
     def make_holder(self):
         sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude)
-        sparsifier.check_finite()
         self._check_alone(sparsifier)
         self._waits = _frozen_phase(self.learn)
         if (self.lth or self.reset_end) and not self._waits: self._check_rewind()

@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['check_sparsity', 'check_request', 'Target', 'find_targets', 'Plan', 'SparsityWarning', 'Sparsifier']
 
-# %% ../nbs/08_sparsifier.ipynb #416d4e3f
+# %% ../nbs/08_sparsifier.ipynb #df623d56
 import sys, warnings
 from dataclasses import dataclass
 from functools import reduce
@@ -23,7 +23,7 @@ from .select import check_selector, select_layers
 from .dependants import find_followers
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/08_sparsifier.ipynb #9378a9fc
+# %% ../nbs/08_sparsifier.ipynb #b5f7ff55
 def check_sparsity(
     sparsity, # Percent, or a dict {layer selector: percent}
 ):
@@ -56,7 +56,7 @@ def check_request(
         for p in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
             if p and abs(p - granularity.percent) > .01: raise ValueError(f"sparsity={p} does not go with the pattern {granularity}, which always makes {granularity.percent:g} % zero; ask for {granularity.percent:g}")
 
-# %% ../nbs/08_sparsifier.ipynb #7635b32f
+# %% ../nbs/08_sparsifier.ipynb #e6f8b632
 @dataclass(eq=False)
 class Target:
     "One prunable tensor of a model"
@@ -110,7 +110,7 @@ def find_targets(
         raise ValueError(f"no layer to prune by {granularity} ({why}); the model has layers of types {', '.join(types)}")
     return targets,dense
 
-# %% ../nbs/08_sparsifier.ipynb #ad10f5ce
+# %% ../nbs/08_sparsifier.ipynb #0080fd57
 @dataclass(frozen=True)
 class Plan:
     "What each target has, and what it shall have"
@@ -128,7 +128,7 @@ class Plan:
         want = [progress*p*sizes[n]/100 for n,p in self.end.items()]
         return max(want, had, key=sum) if together else [max(w, h) for w,h in zip(want, had)]
 
-# %% ../nbs/08_sparsifier.ipynb #50d010db
+# %% ../nbs/08_sparsifier.ipynb #750c20e0
 class SparsityWarning(UserWarning):
     "Something was done as well as it could be, but not as it was asked for"
 
@@ -296,14 +296,10 @@ class Sparsifier(MaskHolder):
     def _like(self, t, mask): return torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
 
     def _infer(self, t):
+        if t.weight.isnan().any(): raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
         alive = t.groups.alive(t.weight != 0)
         if not alive.any() and getattr(self.granularity, 'name', None) != 'layer': alive = torch.ones_like(alive)
         return self._like(t, t.groups.expand(alive))
-
-    def check_finite(self):
-        "Raise a ValueError if a target holds NaN, and name it"
-        for t in self.targets.values():
-            if t.weight.isnan().any(): raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
 
     # -- telling
 
