@@ -5,5 +5,6 @@ from .criteria import *
 from .method import *
 from .schedule import *
 from .report import *
+from .plan import *
 from .sparsifier import *
 from .plot import *

@@ -4,6 +4,7 @@ from .criteria import *
 from .method import *
 from .schedule import *
 from .report import *
+from .plan import *
 from .sparsifier import *
 from .plot import *
 from .callback import *

@@ -10,12 +10,12 @@ __all__ = ['EVIDENCE', 'evidence', 'criterion', 'available_criteria', 'as_criter
            'small_init_small_final', 'magnitude_increase', 'movement', 'movmag', 'updating_magnitude_increase',
            'updating_movement', 'updating_movmag']
 
-# %% ../nbs/01_criteria.ipynb #05883e16
+# %% ../nbs/01_criteria.ipynb #d54634e6
 import inspect
 from typing import Callable
 import torch
 
-# %% ../nbs/01_criteria.ipynb #331bdfe2
+# %% ../nbs/01_criteria.ipynb #a9b4a785
 EVIDENCE = ('initial', 'previous', 'generator')
 
 def evidence(
@@ -32,7 +32,7 @@ def evidence(
 
 def _name(criteria): return getattr(criteria, '__name__', repr(criteria))
 
-# %% ../nbs/01_criteria.ipynb #b138d930
+# %% ../nbs/01_criteria.ipynb #1a203bc6
 _criteria:dict[str,Callable] = {}
 
 def criterion(
@@ -57,7 +57,7 @@ def as_criterion(
     evidence(value)
     return value
 
-# %% ../nbs/01_criteria.ipynb #00c02f0c
+# %% ../nbs/01_criteria.ipynb #6ad70915
 @criterion
 def random_score(w:torch.Tensor, generator:torch.Generator) -> torch.Tensor:
     "Uniform in [0, 1): the baseline of every comparison"
@@ -80,7 +80,7 @@ def small_final(w:torch.Tensor) -> torch.Tensor:
     "-|w|: keep the smallest, a control (Zhou et al. 2019, section 2)"
     return -w.abs()
 
-# %% ../nbs/01_criteria.ipynb #e869a182
+# %% ../nbs/01_criteria.ipynb #11461f9a
 @criterion
 def large_init(w:torch.Tensor, initial:torch.Tensor) -> torch.Tensor:
     "|w0| (Zhou et al. 2019, section 2)"
@@ -116,7 +116,7 @@ def movmag(w:torch.Tensor, initial:torch.Tensor) -> torch.Tensor:
     "|w (w - w0)|: far from zero and far from where it began"
     return (_wide(w) * _wide(w - initial)).abs()
 
-# %% ../nbs/01_criteria.ipynb #806aa646
+# %% ../nbs/01_criteria.ipynb #14ee65fe
 @criterion
 def updating_magnitude_increase(w:torch.Tensor, previous:torch.Tensor) -> torch.Tensor:
     "|w| - |w at the previous mask update|"

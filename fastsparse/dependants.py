@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/dependants.html.md"""
 # %% auto #0
 __all__ = ['Follower', 'find_followers']
 
-# %% ../nbs/06_dependants.ipynb #91efd939
+# %% ../nbs/06_dependants.ipynb #5d5d4f3a
 import copy
 from dataclasses import dataclass
 import torch
 from torch import fx, nn
 from .granularity import layer_type, output_groups
 
-# %% ../nbs/06_dependants.ipynb #a992c840
+# %% ../nbs/06_dependants.ipynb #c5b19371
 @dataclass
 class _Channels:
     "For each channel of a tensor: the filters that have to be zero for it to be zero; None where nothing makes it zero"
@@ -46,7 +46,7 @@ def _join(a, b):
     if a is None or b is None or (a.dim, a.flat, len(a.needs)) != (b.dim, b.flat, len(b.needs)): return None
     return _Channels([x | y if x is not None and y is not None else None for x,y in zip(a.needs, b.needs)], a.dim, a.flat)
 
-# %% ../nbs/06_dependants.ipynb #b335138f
+# %% ../nbs/06_dependants.ipynb #a6ba2285
 class _Flow:
     "Follow the channels of the filters in `names` through a traced model"
     def __init__(self, model, names):
@@ -101,7 +101,7 @@ class _Flow:
         if any(p is None or p.flat or p.dim != parts[0].dim for p in parts) or dim != parts[0].dim: return None
         return _Channels([n for p in parts for n in p.needs], dim)
 
-# %% ../nbs/06_dependants.ipynb #4d4a2ba8
+# %% ../nbs/06_dependants.ipynb #0247dc3c
 @dataclass
 class Follower:
     "A tensor with one entry for each channel, to be zero where its channel is pruned"

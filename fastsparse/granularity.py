@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 __all__ = ['LayerType', 'register_layer', 'layer_type', 'available_granularities', 'Groups', 'Granularity', 'NMGroups', 'NM',
            'as_granularity', 'output_groups']
 
-# %% ../nbs/00_granularity.ipynb #5d0e8c0b
+# %% ../nbs/00_granularity.ipynb #38307f26
 import re
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-# %% ../nbs/00_granularity.ipynb #c03a2dcd
+# %% ../nbs/00_granularity.ipynb #0f47c112
 def _conv_granularities(
     spatial:str, # The spatial axes of a kernel, such as 'kh kw'
 ) -> dict[str,str]: # Name to kept axes
@@ -28,7 +28,7 @@ def _conv_granularities(
     drops['layer'] = f'out in {spatial}'
     return {name: ' '.join(a for a in axes if a not in d.split()) for name,d in drops.items() if set(d.split()) <= set(axes)}
 
-# %% ../nbs/00_granularity.ipynb #a25e90a9
+# %% ../nbs/00_granularity.ipynb #789cce98
 @dataclass(frozen=True)
 class LayerType:
     "What is known of one class of layers"
@@ -49,7 +49,7 @@ def register_layer(
             raise ValueError(f"granularity {name!r} of {cls.__name__} keeps {sorted(unknown)}, but its axes are {list(axes)}")
     _layer_types[cls] = LayerType(axes, dict(granularities))
 
-# %% ../nbs/00_granularity.ipynb #eba69853
+# %% ../nbs/00_granularity.ipynb #08a6c23f
 for d,spatial in {2: 'kh kw', 1: 'k', 3: 'kd kh kw'}.items():
     register_layer(getattr(nn, f'Conv{d}d'), f'out in {spatial}', _conv_granularities(spatial))
     register_layer(getattr(nn, f'ConvTranspose{d}d'), f'in out {spatial}', _conv_granularities(spatial))
@@ -62,7 +62,7 @@ def layer_type(
     cls = layer if isinstance(layer, type) else type(layer)
     return next((_layer_types[c] for c in cls.__mro__ if c in _layer_types), None)
 
-# %% ../nbs/00_granularity.ipynb #05f07bcd
+# %% ../nbs/00_granularity.ipynb #e085e648
 def available_granularities(
     layer:nn.Module|type|None=None, # A layer or a class of layers; None for all that is registered
 ) -> list[str]: # Names, in the order of their registration
@@ -75,7 +75,7 @@ def available_granularities(
 def _cls_name(layer): return (layer if isinstance(layer, type) else type(layer)).__name__
 def _known_types(): return f"Prunable types: {', '.join(c.__name__ for c in _layer_types)}"
 
-# %% ../nbs/00_granularity.ipynb #0b9dca06
+# %% ../nbs/00_granularity.ipynb #8b3e6611
 @dataclass(frozen=True)
 class Groups:
     "The groups of one weight tensor: those weights that agree on the `keep` axes"
@@ -128,7 +128,7 @@ class Groups:
         "A mask of the weight's shape from a decision for each group"
         return kept.view(self._kept).expand(self._full).reshape(self.shape)
 
-# %% ../nbs/00_granularity.ipynb #136f9a0c
+# %% ../nbs/00_granularity.ipynb #af217097
 @dataclass(frozen=True)
 class Granularity:
     "Groups of weights that agree on some axes of their layer"
@@ -164,7 +164,7 @@ def _check_plain(layer): # a computed weight is not even looked at: that can cha
 def _unknown(value): return (f"granularity {value!r} is unknown; choose one of {', '.join(available_granularities())}, "
                              "a pattern such as '2:4', or an object such as NM(2, 4)")
 
-# %% ../nbs/00_granularity.ipynb #a79e1305
+# %% ../nbs/00_granularity.ipynb #605f6bd9
 @dataclass(frozen=True)
 class NMGroups(Groups):
     "Blocks of `m` consecutive weights along the input axis, each block a row of its own"
@@ -215,7 +215,7 @@ class NM:
 
     def __str__(self): return f'{self.n}:{self.m}'
 
-# %% ../nbs/00_granularity.ipynb #1f7c4f45
+# %% ../nbs/00_granularity.ipynb #3b18a336
 def as_granularity(
     value, # A name, a pattern such as '2:4', or a granularity object
 ) -> Granularity|NM: # The object that it stands for

@@ -7,13 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/method.html.md"""
 # %% auto #0
 __all__ = ['local', 'global_', 'allocate', 'available_methods', 'as_method']
 
-# %% ../nbs/03_method.ipynb #7577d5ed
+# %% ../nbs/03_method.ipynb #049b6d57
 import math
 from typing import Callable, Sequence
 import torch
 from .mask import kth_lowest
 
-# %% ../nbs/03_method.ipynb #40b6c02f
+# %% ../nbs/03_method.ipynb #ceb490b3
 def local(
     scores:Sequence[torch.Tensor], # Not read
     n:list[int], # Groups in a row of each layer
@@ -24,7 +24,7 @@ def local(
     "Each layer meets its own target: the nearest number of groups"
     return [max(min(round(w/s), n_-f), 0) for n_,s,w,f in zip(n, step, wanted, floor)]
 
-# %% ../nbs/03_method.ipynb #0a2e8d2b
+# %% ../nbs/03_method.ipynb #97243286
 def global_(
     scores:Sequence[torch.Tensor], # For each layer, of shape (1, n)
     n:list[int], # Groups of each layer
@@ -70,7 +70,7 @@ def _rank_mixed(scores, n, step, budget, most):
     taken = int((zeros - budget).abs().argmin())
     return torch.cat(owner)[order[:taken]].bincount(minlength=len(n)).tolist()
 
-# %% ../nbs/03_method.ipynb #aa1a2e91
+# %% ../nbs/03_method.ipynb #3a289861
 class _Bundles:
     "The scores of bundles of `r` groups, best first tied up, from the scores of the groups"
     def __init__(self, scores, idxs, r): self.scores,self.idxs,self.r = scores,idxs,r
@@ -112,7 +112,7 @@ def _checked(method, scores, n, step, wanted, floors):
         raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, from 0 to its groups")
     return lost
 
-# %% ../nbs/03_method.ipynb #2d43dbdc
+# %% ../nbs/03_method.ipynb #c31447f2
 _methods = {'local': local, 'global': global_}
 
 def available_methods() -> list[str]:

@@ -8,12 +8,12 @@ Docs: https://fastsparse.github.io/fastsparse/schedule.html.md"""
 __all__ = ['one_shot', 'iterative', 'agp', 'one_cycle', 'cos', 'lin', 'dsd', 'Schedule', 'Steps', 'sched_lin', 'sched_cos',
            'sched_agp', 'sched_one_cycle', 'sched_dsd', 'available_schedules', 'as_schedule']
 
-# %% ../nbs/04_schedule.ipynb #22e7da0b
+# %% ../nbs/04_schedule.ipynb #21d1eaf2
 import math
 from dataclasses import dataclass
 from typing import Callable
 
-# %% ../nbs/04_schedule.ipynb #ee223595
+# %% ../nbs/04_schedule.ipynb #a1e385c2
 @dataclass(frozen=True, repr=False)
 class Schedule:
     "Position in training to progress of sparsification, both from 0 to 1"
@@ -65,7 +65,7 @@ class Schedule:
         ax.axvspan(self.start_pct, self.end_pct, alpha=.08, color='k', lw=0)
         return ax
 
-# %% ../nbs/04_schedule.ipynb #2ec29890
+# %% ../nbs/04_schedule.ipynb #7dbe3d65
 @dataclass(frozen=True)
 class Steps:
     "A stair of `n_steps` equal steps, the first one right after the start"
@@ -97,7 +97,7 @@ def sched_dsd(p):
     "Dense, sparse, dense: up as a cosine, then down again (Han et al. 2017)"
     return sched_cos(2*p) if p < .5 else sched_cos(2 - 2*p)
 
-# %% ../nbs/04_schedule.ipynb #e9f982a3
+# %% ../nbs/04_schedule.ipynb #f9049901
 one_shot  = Schedule(Steps(1), start_pct=.5)
 iterative = Schedule(Steps(3), start_pct=.25)
 agp       = Schedule(sched_agp, end_pct=.5)

@@ -12,7 +12,9 @@ from torch.nn.utils import prune as torch_prune
 from core_helpers import DTYPES, EACH, LAYERS, PERCENTS, bits, fill, linear, naive_groups, naive_mask, nearest, rows, same, small_net
 from fastsparse.criteria import available_criteria
 from fastsparse.granularity import NM, Granularity
-from fastsparse.sparsifier import Plan, Sparsifier, SparsityWarning, check_sparsity, find_targets
+from fastsparse.plan import Plan, SparsityWarning, check_sparsity
+from fastsparse.select import find_targets
+from fastsparse.sparsifier import Sparsifier
 
 
 def count(s): return sum(int((t.weight == 0).sum()) for t in s.targets.values())
