@@ -1,10 +1,10 @@
 "Everything that a notebook needs, in one import"
-from .granularity import *
+from .granularity import NM, Granularity, available_granularities, register_layer
 from .criteria import *
-from .method import *
+from .method import available_methods
 from .schedule import *
-from .report import *
-from .plan import *
-from .sparsifier import *
+from .report import SparsityReport, sparsity_report
+from .plan import SparsityWarning
+from .sparsifier import Sparsifier
 from .plot import *
-from .callback import *
+from .callback import KeepSparsityCallback, SparsifyCallback

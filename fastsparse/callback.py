@@ -7,8 +7,8 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/12_callback.ipynb #2624650c
-import dis, inspect, sys, warnings
+# %% ../nbs/12_callback.ipynb #b7c98211
+import dis, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -19,7 +19,6 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
 import fastai.callback.schedule # noqa: F401 (adds fine_tune to Learner)
-from fastai.learner import Learner
 from fastai.torch_core import get_model, rank_distrib
 import numpy as np
 from .granularity import as_granularity
@@ -28,17 +27,21 @@ from .mask import MaskHolder, ZeroHolder
 from .method import as_method
 from .schedule import agp, as_schedule
 from .select import check_selector
-from .plan import SparsityWarning, check_request
+from .plan import check_request, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/12_callback.ipynb #b1bd5292
+# %% ../nbs/12_callback.ipynb #94919aae
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
     _holder = _made_for_fit = None
     _epoch = -1
+
+    def __call__(self, event_name):
+        "Run `event_name`, unless another callback has just removed this one"
+        if getattr(self, 'learn', None) is not None: return super().__call__(event_name)
 
     def make_holder(self) -> MaskHolder:
         "What holds the zeros in this fit; subclasses say"
@@ -91,24 +94,24 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/12_callback.ipynb #b8632aff
+# %% ../nbs/12_callback.ipynb #414a84ae
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
     return next((i+1 for i in range(learn.n_iter) if i/learn.n_iter >= min(cuts)), learn.n_iter) if cuts else learn.n_iter
 
-_fine_tune = inspect.unwrap(Learner.fine_tune).__code__
-_unfreezes = next(i.offset for i in dis.get_instructions(_fine_tune) if i.argval == 'unfreeze')
-
 def _frozen_phase(learn):
     "Whether this fit is the first half of a `fine_tune` whose other half will follow"
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is _fine_tune and frame.f_locals.get('self') is learn: return frame.f_lasti < _unfreezes and frame.f_locals['epochs'] > 0
+        if frame.f_code.co_name == 'fine_tune' and frame.f_locals.get('self') is learn:
+            unfreezes = next((i.offset for i in dis.get_instructions(frame.f_code) if i.argval == 'unfreeze'), None)
+            first = learn.opt.frozen_idx > 0 if unfreezes is None else frame.f_lasti < unfreezes
+            return first and frame.f_locals.get('epochs', 1) > 0
         frame = frame.f_back
     return False
 
-# %% ../nbs/12_callback.ipynb #1351dea0
+# %% ../nbs/12_callback.ipynb #acb6679d
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot','_resumed')
@@ -134,8 +137,11 @@ class SparsifyCallback(HoldingCallback):
         for what,selector in (('layers',layers), ('exclude',exclude)):
             if selector is not None: check_selector(selector, what)
         if update_every is not None and (type(update_every) is not int or update_every < 1): raise ValueError(f"update_every={update_every!r} has to be a whole number of batches, at least 1; or None for about 100 updates in all")
+        for what,v in (('lth',lth), ('reset_end',reset_end)):
+            if not isinstance(v, bool): raise ValueError(f"{what}={v!r} has to be True or False")
         if type(rewind_epoch) is not int or rewind_epoch < 0: raise ValueError(f"rewind_epoch={rewind_epoch!r} has to be the number of an epoch, from 0")
-        if not isinstance(save_tickets, (bool,str,Path)): raise ValueError(f"save_tickets={save_tickets!r} has to be True, False or the path of a folder")
+        if not isinstance(save_tickets, (bool,str,Path)) or (not isinstance(save_tickets, bool) and Path(save_tickets).is_file()):
+            raise ValueError(f"save_tickets={save_tickets!r} has to be True, False or the path of a folder")
         if lth and not schedule.rounds:
             raise ValueError(f"lth=True rewinds after each round of pruning, but {getattr(schedule.func, '__name__', schedule.func)} has no rounds; use schedule=iterative, one_shot or Schedule(Steps(5), 0.2)")
         if rewind_epoch and not (lth or reset_end): raise ValueError(f"rewind_epoch={rewind_epoch} says where to rewind to, but nothing rewinds; add lth=True or reset_end=True")
@@ -170,7 +176,7 @@ class SparsifyCallback(HoldingCallback):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-# %% ../nbs/12_callback.ipynb #b24894b5
+# %% ../nbs/12_callback.ipynb #70587c4e
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
@@ -206,7 +212,7 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
 
-# %% ../nbs/12_callback.ipynb #c47f8582
+# %% ../nbs/12_callback.ipynb #f4f5b622
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
@@ -223,7 +229,7 @@ def _add_column(self:SparsifyCallback):
     at = len(names) - bool(self.recorder.add_time)
     self.recorder.metric_names = L(names[:at] + [f'sparsity_{others+1}' if others else 'sparsity'] + names[at:])
 
-# %% ../nbs/12_callback.ipynb #5e77271b
+# %% ../nbs/12_callback.ipynb #e936b9a0
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -259,7 +265,7 @@ def before_batch(self:SparsifyCallback):
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
-# %% ../nbs/12_callback.ipynb #c300a0bc
+# %% ../nbs/12_callback.ipynb #83b1a844
 @patch
 def after_validate(self:SparsifyCallback):
     if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
@@ -280,11 +286,11 @@ def after_fit(self:SparsifyCallback):
     if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began
         if self.reset_end and self._snapshot: self._rewind()
         if self._progress != self.schedule(1.):
-            warnings.warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})", SparsityWarning, stacklevel=2)
+            warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
     HoldingCallback.after_fit(self)
     if not self.lock.locked(): self._snapshot = None
 
-# %% ../nbs/12_callback.ipynb #0987135a
+# %% ../nbs/12_callback.ipynb #0768f883
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)

@@ -7,11 +7,11 @@ Docs: https://fastsparse.github.io/fastsparse/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_learner', 'folder_learner', 'demo', 'main']
 
-# %% ../nbs/13_demo.ipynb #b1289574
+# %% ../nbs/13_demo.ipynb #d2155715
 from pathlib import Path
 from fastcore.script import call_parse
 
-# %% ../nbs/13_demo.ipynb #2ba42d51
+# %% ../nbs/13_demo.ipynb #14ca618e
 def digits_learner(
     seed:int=0, # Of the split and the weights
 ): # A fastai Learner
@@ -36,7 +36,7 @@ def digits_learner(
     model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/13_demo.ipynb #4bb32ccd
+# %% ../nbs/13_demo.ipynb #f844c4ce
 def _check_folder(data):
     "The folder of validation images under `data`; a ValueError says what is wrong with the layout"
     layout = "it needs train/<class>/*.jpg and test/<class>/*.jpg (or valid/), as untar_data(URLs.CIFAR) makes them"
@@ -44,7 +44,9 @@ def _check_folder(data):
     valid = next((v for v in ('test','valid','val') if (data/v).is_dir()), None)
     found = ', '.join(sorted(p.name + '/'*p.is_dir() for p in data.iterdir())[:8]) or 'nothing'
     if not (data/'train').is_dir() or valid is None: raise ValueError(f"{data} holds {found}; {layout}")
+    from fastai.data.transforms import get_image_files
     for part in ('train', valid):
+        if not get_image_files(data/part): raise ValueError(f"no image was found under {data/part}; {layout}")
         classes = [p for p in (data/part).iterdir() if p.is_dir()]
         if len(classes) < 2: raise ValueError(f"{data/part} holds {len(classes)} folders of classes, where at least 2 are needed; {layout}")
     if missing := {p.name for p in (data/valid).iterdir() if p.is_dir()} - {p.name for p in (data/'train').iterdir()}:
@@ -69,13 +71,12 @@ def folder_learner(
     from torchvision.models import resnet18
     valid = _check_folder(data)
     images = get_image_files(data/'train')
-    if not images: raise ValueError(f"no image was found under {data/'train'}")
     if size is None: size = min(*PILImage.create(images[0]).size, 224)
     set_seed(seed, reproducible=True)
     dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=min(bs, len(images)), num_workers=2)
     return Learner(dls, resnet18(weights=None, num_classes=dls.c), metrics=accuracy)
 
-# %% ../nbs/13_demo.ipynb #97e7416e
+# %% ../nbs/13_demo.ipynb #17652ead
 def _pictures(out, before, after, cb):
     import matplotlib
     matplotlib.use('Agg')
@@ -104,6 +105,8 @@ def demo(
     import copy
     from fastsparse.callback import SparsifyCallback
     cb = SparsifyCallback(sparsity) # a wrong request is refused before anything is trained
+    for what,v in (('epochs',epochs), ('size',size), ('bs',bs)):
+        if v is not None and v < 1: raise ValueError(f"{what}={v} has to be at least 1")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if data is None: learn,epochs,lr,layer = digits_learner(seed),epochs or 8,1e-2,lambda m: m[3]
@@ -135,4 +138,4 @@ def main(
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries below, nothing a reader could act on
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
     try: demo(data, sparsity, epochs, out, size, bs, seed)
-    except ValueError as e: sys.exit(f'fastsparse-demo: {e}')
+    except (ValueError, OSError) as e: sys.exit(f'fastsparse-demo: {e}') # a wrong request, a wrong folder, or an image that cannot be read

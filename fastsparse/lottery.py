@@ -7,13 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/lottery.html.md"""
 # %% auto #0
 __all__ = ['Snapshot', 'save_ticket']
 
-# %% ../nbs/10_lottery.ipynb #0f0d61b1
+# %% ../nbs/10_lottery.ipynb #4216c54d
 import copy
 from pathlib import Path
 import torch
 from torch import nn
 
-# %% ../nbs/10_lottery.ipynb #b6ae2bc9
+# %% ../nbs/10_lottery.ipynb #74dd9bf4
 class Snapshot:
     "A copy of everything that training changes in a model and its optimizer"
     def __init__(self,

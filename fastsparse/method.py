@@ -7,13 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/method.html.md"""
 # %% auto #0
 __all__ = ['local', 'global_', 'allocate', 'available_methods', 'as_method']
 
-# %% ../nbs/03_method.ipynb #049b6d57
+# %% ../nbs/03_method.ipynb #8a6bb3c9
 import math
 from typing import Callable, Sequence
 import torch
+from .granularity import did_you_mean
 from .mask import kth_lowest
 
-# %% ../nbs/03_method.ipynb #ceb490b3
+# %% ../nbs/03_method.ipynb #6d509af4
 def local(
     scores:Sequence[torch.Tensor], # Not read
     n:list[int], # Groups in a row of each layer
@@ -24,7 +25,7 @@ def local(
     "Each layer meets its own target: the nearest number of groups"
     return [max(min(round(w/s), n_-f), 0) for n_,s,w,f in zip(n, step, wanted, floor)]
 
-# %% ../nbs/03_method.ipynb #97243286
+# %% ../nbs/03_method.ipynb #46ff9bfb
 def global_(
     scores:Sequence[torch.Tensor], # For each layer, of shape (1, n)
     n:list[int], # Groups of each layer
@@ -70,7 +71,7 @@ def _rank_mixed(scores, n, step, budget, most):
     taken = int((zeros - budget).abs().argmin())
     return torch.cat(owner)[order[:taken]].bincount(minlength=len(n)).tolist()
 
-# %% ../nbs/03_method.ipynb #3a289861
+# %% ../nbs/03_method.ipynb #570a866f
 class _Bundles:
     "The scores of bundles of `r` groups, best first tied up, from the scores of the groups"
     def __init__(self, scores, idxs, r): self.scores,self.idxs,self.r = scores,idxs,r
@@ -108,11 +109,11 @@ def allocate(
 
 def _checked(method, scores, n, step, wanted, floors):
     lost = method(scores, n, step, wanted, floors)
-    if len(lost) != len(n) or any(not 0 <= k <= n_ for k,n_ in zip(lost, n)):
-        raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, from 0 to its groups")
+    if len(lost) != len(n) or any(not isinstance(k, int) or not 0 <= k <= n_ for k,n_ in zip(lost, n)):
+        raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, whole and from 0 to its groups")
     return lost
 
-# %% ../nbs/03_method.ipynb #c31447f2
+# %% ../nbs/03_method.ipynb #baf4cee2
 _methods = {'local': local, 'global': global_}
 
 def available_methods() -> list[str]:
@@ -125,5 +126,5 @@ def as_method(
     "The method that `value` names; a function is one already"
     if isinstance(value, str) and value in _methods: return _methods[value]
     if isinstance(value, (str,type)) or not callable(value):
-        raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(map(repr, _methods))}, or pass a function (scores, n, step, wanted, floor) -> groups to lose")
+        raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(map(repr, _methods))}, or pass a function (scores, n, step, wanted, floor) -> groups to lose{did_you_mean(value, list(_methods))}")
     return value

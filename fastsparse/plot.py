@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/plot.html.md"""
 # %% auto #0
 __all__ = ['plot_kernels', 'plot_sparsity', 'plot_schedule']
 
-# %% ../nbs/11_plot.ipynb #398432f4
+# %% ../nbs/11_plot.ipynb #423db125
 import math
 import torch
 from torch import nn
 from .granularity import layer_type
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/11_plot.ipynb #b3001460
+# %% ../nbs/11_plot.ipynb #60cdfc1a
 def _tiles(layer): # the weight as (filters, channels, height, width), whatever the rank of the layer
     w = layer.weight.detach().float().cpu()
     if layer_type(layer).axes[0] == 'in': w = w.transpose(0, 1)
@@ -53,6 +53,7 @@ def plot_kernels(
     from matplotlib.colors import LinearSegmentedColormap
     if not isinstance(layer, nn.Module) or layer_type(layer) is None:
         raise ValueError(f"{type(layer).__name__} has no kernels to draw; pass a convolution or a Linear, such as model.conv1")
+    if not layer.weight.numel(): raise ValueError(f"the weight of this {type(layer).__name__} is empty, of shape {tuple(layer.weight.shape)}: there is nothing to draw")
     tiles = _tiles(layer)
     flat,colour = layer.weight.dim() == 2,layer.weight.dim() == 4 and tiles.shape[1] == 3
     one_picture = colour or tiles.shape[1] == 1 and not flat # of a filter
@@ -84,7 +85,7 @@ def plot_kernels(
     for s in ax.spines.values(): s.set_visible(False)
     return ax
 
-# %% ../nbs/11_plot.ipynb #ddba5f27
+# %% ../nbs/11_plot.ipynb #56a5c007
 def plot_sparsity(
     report:SparsityReport|nn.Module, # A report, or a model to count in
     ax=None, # A matplotlib axis; None for a new figure
@@ -104,7 +105,7 @@ def plot_sparsity(
     ax.tick_params(axis='y', length=0)
     return ax
 
-# %% ../nbs/11_plot.ipynb #5c9c5344
+# %% ../nbs/11_plot.ipynb #d72dfa0e
 def plot_schedule(
     schedule, # A `Schedule`
     history:list[tuple[float,float]]=(), # Positions and percents, such as `cb.history`

@@ -7,13 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/report.html.md"""
 # %% auto #0
 __all__ = ['LayerReport', 'SparsityReport', 'sparsity_report']
 
-# %% ../nbs/07_report.ipynb #f00d5a3d
+# %% ../nbs/07_report.ipynb #c4ae9344
 import html, math
 from dataclasses import dataclass
 from torch import nn
 from .granularity import layer_type, output_groups
 
-# %% ../nbs/07_report.ipynb #6e1674a1
+# %% ../nbs/07_report.ipynb #2b172bcc
 @dataclass(frozen=True)
 class LayerReport:
     "What was counted in one weight tensor"
@@ -29,7 +29,7 @@ class LayerReport:
     @property
     def percent(self) -> float:
         "Zeros in percent of the weights"
-        return 100*self.zeros/self.weights
+        return 100*self.zeros/max(self.weights, 1)
 
     @classmethod
     def of(cls, name:str, layer:nn.Module):
@@ -39,7 +39,7 @@ class LayerReport:
         dead = None if g is None else g.n - int(g.alive(alive).sum())
         return cls(name, type(layer).__name__, tuple(w.shape), w.numel() - int(alive.sum()), w.numel(), g and g.n, dead, w.element_size())
 
-# %% ../nbs/07_report.ipynb #5c2383c8
+# %% ../nbs/07_report.ipynb #514fed65
 @dataclass(frozen=True)
 class SparsityReport:
     "Counted sparsity of a model: its targets, its totals, and what a reader should know"
@@ -105,7 +105,7 @@ class SparsityReport:
 
 def _mb(n): return f'{n/1e6:,.2f} MB' if n >= 1e5 else f'{n/1e3:,.2f} kB'
 
-# %% ../nbs/07_report.ipynb #67032f20
+# %% ../nbs/07_report.ipynb #687cf506
 def sparsity_report(
     model:nn.Module, # Any model
     layers:dict[str,nn.Module]|None=None, # Names and layers to list; None for every layer of a registered type

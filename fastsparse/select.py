@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/select.html.md"""
 # %% auto #0
 __all__ = ['check_selector', 'select_layers', 'Target', 'tensor_id', 'find_targets']
 
-# %% ../nbs/05_select.ipynb #16eb5698
+# %% ../nbs/05_select.ipynb #2cacd18f
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from .granularity import Groups, layer_type
 
-# %% ../nbs/05_select.ipynb #4c72dded
+# %% ../nbs/05_select.ipynb #9ee1331f
 def check_selector(
     selector, # Anything
     what:str='layers', # The name of the argument, for the error message
@@ -57,7 +57,7 @@ def select_layers(
 
 def _some(names, n=12): return ', '.join(names[:n]) + (f', ... ({len(names)} in all)' if len(names) > n else '')
 
-# %% ../nbs/05_select.ipynb #c2e4b57a
+# %% ../nbs/05_select.ipynb #87f3ba02
 @dataclass(eq=False)
 class Target:
     "One prunable tensor of a model"
@@ -106,7 +106,8 @@ def find_targets(
         except ValueError as e: dense[n] = str(e); continue
         except RuntimeError: _check_plain(n, m); raise
         _check_plain(n, m)
-        if not m.weight.is_floating_point() or not m.weight.numel(): dense[n] = f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'; continue
+        if m.weight.is_meta: raise ValueError(f"the weight of layer {n!r} is on the meta device and has no values; load the model first, or model.to_empty(device='cpu') and initialise it")
+        if not m.weight.is_floating_point() or m.weight.itemsize < 2 or not m.weight.numel(): dense[n] = f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'; continue
         seen.add(tensor_id(m))
         targets.append(Target(names[tensor_id(m)], n, m, groups))
     if not targets:

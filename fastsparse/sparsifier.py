@@ -7,29 +7,34 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['Sparsifier']
 
-# %% ../nbs/09_sparsifier.ipynb #26f279e5
+# %% ../nbs/09_sparsifier.ipynb #a36ec497
 from functools import reduce
 from typing import Callable, Iterator
 import torch
 from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, as_granularity, layer_type, output_groups
-from .criteria import as_criterion, evidence, large_final
+from .criteria import as_criterion, evidence_of, large_final
 from .mask import MaskHolder, keep_mask
 from .method import allocate, as_method, local
 from .select import find_targets, select_layers, tensor_id
 from .plan import Plan, SparsityWarning, check_request, tell_difference # noqa: F401 (the warning is part of what a user catches)
-from .dependants import find_followers
+from .dependants import find_followers, native_forward
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/09_sparsifier.ipynb #0c872f98
+# %% ../nbs/09_sparsifier.ipynb #9b1d74f8
 class _Scores:
     "The group scores of some targets, computed whenever they are asked for"
     def __init__(self, sparsifier, targets):
         self.sparsifier,self.targets,self.seed = sparsifier,targets,None
+        self.kept = {} if sum(t.groups.n*t.groups.rows for t in targets) <= 2**24 else None # scores that fit into 64 MB are computed once
         self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one for all, or they could not be compared
     def __len__(self): return len(self.targets)
     def __getitem__(self, i):
+        if self.kept is None: return self._compute(i)
+        if i not in self.kept: self.kept[i] = self._compute(i)
+        return self.kept[i]
+    def _compute(self, i):
         t,s = self.targets[i],self.sparsifier
         w,given = t.weight,{}
         if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # drawn only when it is needed
@@ -61,11 +66,11 @@ class Sparsifier(MaskHolder):
         targets,self.left_dense = find_targets(model, self.granularity, layers, exclude)
         self.targets = {t.name: t for t in targets}
         self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in targets}
-        self._reads = evidence(self.criteria)
+        self._reads = evidence_of(self.criteria)
         self._memory = {e: {t.name: t.weight.clone() for t in targets} for e in self._reads if e != 'generator'}
-        self._followers,self._following,self._aside,self.untraced = [],{},{},None
+        self._followers,self._lost,self._following,self._aside,self.untraced = [],[],{},{},None
         if any(t.whole_outputs for t in targets):
-            self._followers,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs})
+            self._followers,self._lost,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs})
         self.refresh()
 
     def _like(self, t, mask): return torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
@@ -80,7 +85,7 @@ class Sparsifier(MaskHolder):
         dead = int((~t.groups.alive(self.masks[t.name])).sum(-1).min())
         return 100*dead*t.groups.step/t.weight.numel()
 
-# %% ../nbs/09_sparsifier.ipynb #3630dc55
+# %% ../nbs/09_sparsifier.ipynb #ca556f0f
 @patch
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
@@ -90,7 +95,10 @@ def prune_layer(self:Sparsifier,
     "Prune one layer to `sparsity` percent"
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
     found = [t for t in self.targets.values() if layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))]
-    if not found: raise ValueError(f"{layer!r} is not a layer of this Sparsifier; its layers are {', '.join(t.layer_name or '(the model itself)' for t in self.targets.values())}")
+    if not found:
+        name = layer if isinstance(layer, str) else next((n for n,m in self.model.named_modules() if m is layer), type(layer).__name__)
+        raise ValueError(f"{name!r} is not a layer of this Sparsifier" + (f" ({self.left_dense[name]})" if name in self.left_dense else '') +
+                         f"; its layers are {', '.join(t.layer_name or '(the model itself)' for t in self.targets.values())}")
     if isinstance(sparsity, dict): raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict")
     self._reach(self._plan(sparsity, round_to, found), 1., local)
 
@@ -157,10 +165,10 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     self.refresh()
     self.apply_masks()
     got = [k*s for k,s in zip(lost, step)]
-    if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity))
+    if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity), bound=any(t.groups.n - k == floor for t,k in zip(targets, lost)))
     return 100*sum(got)/sum(sizes.values())
 
-# %% ../nbs/09_sparsifier.ipynb #e5040d6c
+# %% ../nbs/09_sparsifier.ipynb #de349000
 @patch
 def pairs(self:Sparsifier) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
@@ -191,7 +199,7 @@ def refresh(self:Sparsifier):
             as_it_was = self._aside[f.name][back]
             t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
-# %% ../nbs/09_sparsifier.ipynb #f3e6a7ef
+# %% ../nbs/09_sparsifier.ipynb #0781566d
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
@@ -202,6 +210,10 @@ def sparsity(self:Sparsifier) -> float: # Percent
 def report(self:Sparsifier) -> SparsityReport: # A value that shows itself as a table
     "What is zero now, counted layer by layer"
     notes = [f'{n} is left dense: {why}.' for n,why in self.left_dense.items()]
+    notes += [f'{t.layer_name} has a forward of its own ({type(t.layer).__name__}): zeros last only if it uses its weight as it is.' for t in self.targets.values() if not native_forward(t.layer)]
+    if self._lost: notes.append(f"{', '.join(self._lost[:5])}{', ...' if len(self._lost) > 5 else ''}: what flows in could not be followed to its filters, so nothing is masked there.")
+    held,total = sum(t.weight.numel() for t in self.targets.values()),sum(p.numel() for p in self.model.parameters())
+    if held < total/2: notes.append(f'The targets hold {100*held/total:.2g} % of the parameters of the model; all others are dense.')
     if self.untraced: notes.append(f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).')
     return sparsity_report(self.model, {t.layer_name: t.layer for t in self.targets.values()}, tuple(notes))
 
@@ -214,7 +226,7 @@ def print_sparsity(self:Sparsifier):
 def __repr__(self:Sparsifier):
     return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {getattr(self.method, '__name__', self.method).strip('_')}, {getattr(self.criteria, '__name__', self.criteria)}: {self.sparsity():.2f} % zero"
 
-# %% ../nbs/09_sparsifier.ipynb #3bc5e6d2
+# %% ../nbs/09_sparsifier.ipynb #a0e2fe15
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"
@@ -225,11 +237,13 @@ def load_state_dict(self:Sparsifier,
     state:dict, # Made by `state_dict`
 ):
     "Take over masks and memory, and apply the masks; a ValueError if they are not those of these targets"
+    if not isinstance(state, dict): raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
     expected = {'masks': self.masks, **self._memory}
     if set(state) != set(expected): raise ValueError(f"the state has {sorted(state)}, but this Sparsifier keeps {sorted(expected)}; it has to have the same criteria")
     for kind,now in expected.items():
         if set(state[kind]) != set(now): raise ValueError(f"the {kind} do not fit the targets: missing {sorted(set(now)-set(state[kind]))}, too many {sorted(set(state[kind])-set(now))}")
         for n,t in state[kind].items():
+            if kind == 'masks' and t.dtype != torch.bool: raise ValueError(f"the mask of {n} has type {t.dtype}; it has to be bool, True = kept")
             if t.shape != now[n].shape: raise ValueError(f"the {kind} of {n} has shape {tuple(t.shape)}, but the weight has {tuple(now[n].shape)}")
     for kind,now in expected.items(): now.update({n: torch.empty_like(now[n]).copy_(t) for n,t in state[kind].items()})
     self.refresh()

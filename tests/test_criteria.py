@@ -6,7 +6,7 @@ from torch import nn
 
 from core_helpers import linear, rows
 from fastsparse import criteria as C
-from fastsparse.criteria import EVIDENCE, as_criterion, available_criteria, criterion, evidence
+from fastsparse.criteria import EVIDENCE, as_criterion, available_criteria, evidence_of, register_criterion
 from fastsparse.sparsifier import Sparsifier
 
 W, W0 = [-3., 1., -1., 2.], [1., -2., -1., 0.5]
@@ -23,17 +23,17 @@ FORMULAS |= {f'updating_{n}': FORMULAS[n] for n in ('magnitude_increase', 'movem
 @pytest.mark.parametrize('name', FORMULAS)
 def test_formula(name, dtype):
     f, w, w0 = as_criterion(name), torch.tensor(W, dtype=dtype), torch.tensor(W0, dtype=dtype)
-    assert rows(f(w, **{e: w0 for e in evidence(f)})) == FORMULAS[name]
+    assert rows(f(w, **{e: w0 for e in evidence_of(f)})) == FORMULAS[name]
     assert rows(w) == W and rows(w0) == W0, 'a criterion changes nothing'
 
 
 @pytest.mark.parametrize('name', [n for n in FORMULAS if n not in ('large_final', 'small_final', 'squared_final')])
 def test_what_a_criterion_reads(name):
-    assert evidence(as_criterion(name)) == (('previous',) if name.startswith('updating') else ('initial',))
+    assert evidence_of(as_criterion(name)) == (('previous',) if name.startswith('updating') else ('initial',))
 
 
 def test_what_the_others_read():
-    assert evidence(C.large_final) == evidence(C.squared_final) == evidence(C.small_final) == () and evidence(C.random_score) == ('generator',)
+    assert evidence_of(C.large_final) == evidence_of(C.squared_final) == evidence_of(C.small_final) == () and evidence_of(C.random_score) == ('generator',)
 
 
 def test_the_names_are_those_of_the_formulas_and_random_score():
@@ -52,7 +52,7 @@ def test_random_scores_are_uniform_and_given_by_the_generator():
 @pytest.mark.parametrize('name', ['squared_final', 'movmag', 'updating_movmag'])
 def test_products_of_small_16_bit_weights_do_not_vanish(name):
     f, w = as_criterion(name), torch.tensor([1e-4, 2e-4, 3e-4], dtype=torch.float16)
-    s = f(w, **{e: torch.zeros_like(w) for e in evidence(f)})
+    s = f(w, **{e: torch.zeros_like(w) for e in evidence_of(f)})
     assert 0 < s[0] < s[1] < s[2]
 
 
@@ -66,7 +66,7 @@ def test_squares_of_large_16_bit_weights_do_not_overflow():
 @pytest.mark.parametrize('name', available_criteria())
 def test_evidence_is_kept_only_if_read(name):
     kept = set(Sparsifier(linear(W), criteria=name).state_dict()) - {'masks'}
-    assert kept == set(evidence(as_criterion(name))) - {'generator'}
+    assert kept == set(evidence_of(as_criterion(name))) - {'generator'}
 
 
 def test_initial_is_the_weight_at_construction():
@@ -121,12 +121,12 @@ def test_a_function_of_the_weight_is_a_criterion():
 
 @pytest.mark.parametrize('f', [torch.abs, functools.partial(torch.mul, other=-1), lambda w, scale=2: w*scale, lambda w, *rest, **more: w.abs()])
 def test_what_needs_nothing_but_the_weight(f):
-    assert evidence(f) == () and as_criterion(f) is f
+    assert evidence_of(f) == () and as_criterion(f) is f
 
 
 def test_a_function_may_read_any_evidence():
-    assert evidence(lambda w, previous, initial: w) == ('previous', 'initial')
-    assert evidence(lambda w, *, initial: w) == ('initial',)
+    assert evidence_of(lambda w, previous, initial: w) == ('previous', 'initial')
+    assert evidence_of(lambda w, *, initial: w) == ('initial',)
     layer = linear([1, 2, 3, 4])
     s = Sparsifier(layer, criteria=lambda w, initial: w*initial)
     layer.weight.data.copy_(torch.tensor([[9., 1, 1, 1]]))
@@ -162,7 +162,7 @@ def test_scores_of_another_shape_are_refused_with_the_layer(f):
 def test_registered_under_its_own_name(monkeypatch):
     monkeypatch.setattr(C, '_criteria', dict(C._criteria))
 
-    @criterion
+    @register_criterion
     def by_sign(w): return w.sign()
     assert available_criteria()[-1] == 'by_sign' and as_criterion('by_sign') is by_sign
     layer = linear([1, -1, 1, -1])

@@ -384,7 +384,7 @@ def test_where_the_flow_cannot_be_traced_nothing_is_guessed_and_the_report_says_
 
 
 def test_the_reason_is_one_line():
-    _, why = find_followers(m := Uncopyable(nn.Conv2d(2, 4, 1)), {'0.weight': m[0]})
+    _, _, why = find_followers(m := Uncopyable(nn.Conv2d(2, 4, 1)), {'0.weight': m[0]})
     assert why == 'RuntimeError: never'
 
 
@@ -394,7 +394,7 @@ def test_a_traceable_model_has_no_note():
 
 def test_find_followers_by_hand():
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3))
-    found, why = find_followers(model, {'0.weight': model[0]})
+    found, _, why = find_followers(model, {'0.weight': model[0]})
     assert why is None and sorted(f.name for f in found) == ['0.bias', '1.bias', '1.weight']
     for f in found:
         assert f.tensor is model.get_parameter(f.name)
@@ -410,3 +410,51 @@ def test_pruned_channels_of_torchvision_models_put_out_zero(name):
     s = sparsify(model, 50)
     assert s.untraced is None
     assert check_channels(model, 3, 32, 32, direct=name == 'mobilenet_v2') >= sum(int(dead(t.layer).sum()) for t in s.targets.values())
+
+
+class Through(nn.Module):
+    "A convolution, something, a BatchNorm"
+    def __init__(self, between):
+        super().__init__()
+        self.conv, self.bn, self.between = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), between
+    def forward(self, x): return self.bn(self.between(self.conv(x)))
+
+
+@pytest.mark.parametrize('between', [lambda x: x/2, lambda x: nn.functional.pad(x, (1, 1, 1, 1)), lambda x: nn.functional.dropout(x, .5)])
+def test_what_maps_zero_to_zero_is_followed(between):
+    model = Through(between)
+    s = Sparsifier(model, 'filter', 'local')
+    s.prune_model(50)
+    dead = ~s.masks['conv.weight'].flatten(1).any(1)
+    assert dead.sum() == 2 and not model(torch.randn(3, 2, 5, 5))[:, dead].any() and not any('followed' in n for n in s.report().notes)
+
+
+@pytest.mark.parametrize('between', [lambda x: x.flip(1), lambda x: nn.functional.pad(x, (1, 1, 1, 1), value=1.), lambda x: 1/(x+1), torch.sigmoid])
+def test_what_is_not_followed_is_told(between):
+    model = Through(between)
+    s = Sparsifier(model, 'filter', 'local')
+    s.prune_model(50)
+    assert model.bn.weight.all() and s.untraced is None
+    assert [n for n in s.report().notes if n.startswith('bn: what flows in could not be followed')]
+
+
+def test_a_norm_of_the_input_is_nobodys_follower_and_no_news():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 4, 1))
+    assert not Sparsifier(model, 'filter').report().notes
+
+
+def test_a_model_in_eval_mode_is_traced_as_it_trains():
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)
+        def forward(self, x): return self.bn(self.conv(x)) if self.training else self.conv(x)
+    model = Aux().eval()
+    assert {f.name for f in Sparsifier(model, 'filter')._followers} == {'conv.bias', 'bn.weight', 'bn.bias'} and not model.training
+
+
+def test_a_layer_with_a_forward_of_its_own_is_named():
+    class Standardized(nn.Conv2d):
+        def forward(self, x): return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+    notes = Sparsifier(nn.Sequential(Standardized(2, 4, 1), nn.Conv2d(4, 4, 1))).report().notes
+    assert len(notes) == 1 and notes[0].startswith('0 has a forward of its own (Standardized)')

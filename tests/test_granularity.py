@@ -197,7 +197,7 @@ def test_a_pattern_is_checked_as_its_object_is():
 
 
 def test_a_reducer_has_to_be_a_function():
-    with pytest.raises(ValueError, match='reduce=3 is not a function'): Granularity('filter', reduce=3)
+    with pytest.raises(ValueError, match='reduce=3 cannot reduce scores; pass a function'): Granularity('filter', reduce=3)
 
 
 def test_a_layer_without_the_granularity_lists_those_that_it_has():

@@ -76,3 +76,12 @@ def test_no_path_of_a_machine(pattern):
 def test_machine_paths_are_seen():
     assert machine_path.search('saved in ' + '/'.join(['', 'tmp', 'x.png']))
     assert not machine_path.search('https://example.org/' + 'home/page')
+
+
+def test_a_star_import_takes_nothing_from_fastai():
+    "Names of `fastsparse.all` that `fastai.vision.all` has too would change meaning in a notebook"
+    import fastai.vision.all as theirs
+    import fastsparse.all as ours
+    names = [n for n in vars(ours) if not n.startswith('_')]
+    assert 'SparsifyCallback' in names and 'agp' in names and 'large_final' in names
+    assert not [n for n in names if getattr(theirs, n, None) is not None and getattr(theirs, n) is not getattr(ours, n)]

@@ -43,16 +43,16 @@ def test_the_gradual_ones_end_before_training_does():
 
 
 @pytest.mark.parametrize('func,p,expected', [
-    (S.sched_lin, .3, .3), (S.sched_cos, .5, .5), (S.sched_cos, 1/3, .25), (S.sched_agp, .5, .875), (S.sched_agp, .1, .271),
-    (S.sched_dsd, .25, .5), (S.sched_dsd, .5, 1), (S.sched_dsd, .75, .5)])
+    (S._lin, .3, .3), (S._cos, .5, .5), (S._cos, 1/3, .25), (S._agp, .5, .875), (S._agp, .1, .271),
+    (S._dsd, .25, .5), (S._dsd, .5, 1), (S._dsd, .75, .5)])
 def test_formula(func, p, expected): assert func(p) == pytest.approx(expected, abs=1e-12)
 
 
 def test_one_cycle_is_the_logistic_curve_of_hubens():
     logistic = lambda t: 1/(1 + math.exp(-14*t + 6)) # noqa: E731
     lo, hi = logistic(0), logistic(1)
-    for t in (.1, 6/14, .5, .9): assert S.sched_one_cycle(t) == pytest.approx((logistic(t)-lo)/(hi-lo), abs=1e-12)
-    assert max(abs(S.sched_one_cycle(p)-logistic(p)) for p in GRID) < 3e-3, 'scaling it changes little'
+    for t in (.1, 6/14, .5, .9): assert S._one_cycle(t) == pytest.approx((logistic(t)-lo)/(hi-lo), abs=1e-12)
+    assert max(abs(S._one_cycle(p)-logistic(p)) for p in GRID) < 3e-3, 'scaling it changes little'
 
 
 def test_one_shot_and_iterative_are_stairs():
@@ -109,9 +109,9 @@ def test_a_function_of_ones_own():
 
 
 def test_start_and_end_may_meet():
-    s = Schedule(S.sched_lin, .5, .5)
+    s = Schedule(S._lin, .5, .5)
     assert (s(0), s(.49), s(.51), s(1)) == (0, 0, 1, 1)
-    assert Schedule(S.sched_lin, 0, 0)(1) == 1 and Schedule(S.sched_lin, 1, 1)(0) == 0 and Schedule(S.sched_lin, 1, 1)(1) == 1
+    assert Schedule(S._lin, 0, 0)(1) == 1 and Schedule(S._lin, 1, 1)(0) == 0 and Schedule(S._lin, 1, 1)(1) == 1
 
 
 @pytest.mark.parametrize('start,end,says', [
@@ -119,7 +119,7 @@ def test_start_and_end_may_meet():
     (0, 50, r'end_pct=50 .*from 0 to 1; did you mean 0.5\?'), (0, 1.5, 'end_pct=1.5'), (math.nan, 1, 'start_pct=nan'), (True, 1, 'start_pct=True'),
     ('0', 1, "start_pct='0'"), (0, None, 'end_pct=None')])
 def test_bad_positions_are_refused(start, end, says):
-    with pytest.raises(ValueError, match=says): Schedule(S.sched_lin, start, end)
+    with pytest.raises(ValueError, match=says): Schedule(S._lin, start, end)
 
 
 @pytest.mark.parametrize('func,says',

@@ -132,23 +132,23 @@ def test_granularity_layer_may_empty_a_layer():
 # warnings
 
 def test_a_warning_has_both_numbers():
-    with pytest.warns(SparsityWarning, match=r'asked for 50 % zeros, got 33.33 %: the nearest that whole groups of row allow') as seen:
+    with pytest.warns(SparsityWarning, match=r'asked for 50 % zeros, got 33.33 % \(.*\): the nearest that whole groups of row allow') as seen:
         Sparsifier(nn.Linear(5, 3), 'row').prune_model(50 - 1e-9)
     assert len(seen) == 1 and issubclass(SparsityWarning, UserWarning)
 
 
 def test_a_warning_names_the_layers_that_are_off_with_local():
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4))
-    with pytest.warns(SparsityWarning, match=r'asked for 25 % zeros, got 29.63 %: .* \(0 has 33.33 % of 25 %\)$'): Sparsifier(model, 'row', 'local').prune_model(25)
+    with pytest.warns(SparsityWarning, match=r'asked for 25 % zeros, got 29.63 % \(.*\): .* \(0 has 33.33 % of 25 %\)$'): Sparsifier(model, 'row', 'local').prune_model(25)
 
 
 def test_a_warning_says_that_zeros_were_there():
     s = Sparsifier(linear([0, 0, 0, 1]))
-    with pytest.warns(SparsityWarning, match='asked for 50 % zeros, got 75 %: these zeros were there before'): s.prune_model(50)
+    with pytest.warns(SparsityWarning, match=r'asked for 50 % zeros, got 75 % \(.*\): these zeros were there before'): s.prune_model(50)
 
 
 def test_a_warning_says_round_to():
-    with pytest.warns(SparsityWarning, match='asked for 50 % zeros, got 33.33 %: .*round_to=8'): Sparsifier(nn.Linear(5, 12), 'row').prune_model(50, round_to=8)
+    with pytest.warns(SparsityWarning, match=r'asked for 50 % zeros, got 33.33 % \(.*\): .*round_to=8'): Sparsifier(nn.Linear(5, 12), 'row').prune_model(50, round_to=8)
 
 
 @pytest.mark.parametrize('prune', [lambda s: s.prune_model(40), lambda s: s.prune_layer(s.model, 40)])
@@ -449,7 +449,7 @@ def test_twice_is_once(method, kind):
 def test_a_lower_target_keeps_the_zeros_and_says_so():
     s = Sparsifier(linear([1, 2, 3, 4]))
     s.prune_model(75)
-    with pytest.warns(SparsityWarning, match='asked for 25 % zeros, got 75 %: these zeros were there before'): s.prune_model(25)
+    with pytest.warns(SparsityWarning, match=r'asked for 25 % zeros, got 75 % \(.*\): these zeros were there before'): s.prune_model(25)
     assert s.sparsity() == 75
 
 
@@ -847,7 +847,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(spoil, says):
 
 @pytest.mark.parametrize('bad,says', [
     (-5, 'sparsity=-5 is out of range; it is a percentage from 0 to 100'), (150, 'sparsity=150 is out of range'), (100.001, 'out of range'),
-    (.7, r'sparsity=0.7 is less than one percent.*did you mean 70\?'), (.005, 'did you mean 0.5'),
+    (.7, r'sparsity=0.7 is less than one percent.*did you mean 70\?'), (.005, r'is less than one percent; sparsity goes from 0 to 100$'),
     (math.nan, 'sparsity=nan is out of range'), (math.inf, 'out of range'), (True, 'sparsity=True is not a number'), (False, 'sparsity=False is not a number'),
     ('abc', "sparsity='abc' is not a number; it is a percentage from 0 to 100 such as 70"),
     ('70', 'is not a number'), (None, 'sparsity=None is not a number'), ([70], 'is not a number'), (70+0j, 'is not a number'), ({}, 'empty dict')])
