@@ -7,8 +7,8 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/12_callback.ipynb #b7c98211
-import dis, sys
+# %% ../nbs/12_callback.ipynb #19039dff
+import copy, dis, pickle, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/12_callback.ipynb #94919aae
+# %% ../nbs/12_callback.ipynb #1447003e
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
@@ -94,7 +94,7 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/12_callback.ipynb #414a84ae
+# %% ../nbs/12_callback.ipynb #d18468d7
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -111,7 +111,18 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/12_callback.ipynb #acb6679d
+# %% ../nbs/12_callback.ipynb #1995c21e
+class _Lost:
+    "Stands, in a saved callback, for a setting that could not be saved"
+    def _tell(self, *_, **__): raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); make a new SparsifyCallback")
+    __call__ = groups = _tell
+    rounds = property(_tell)
+
+def _saved(v): # an export must not fail, and leave the Learner half emptied, for a criterion that only trains
+    try: pickle.dumps(v)
+    except Exception: return _Lost()
+    return v
+
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot','_resumed')
@@ -154,6 +165,16 @@ class SparsifyCallback(HoldingCallback):
         super()._init_state()
         self.sparsifier = self._holder = self._made_for_fit = self._plan = self._snapshot = self._resumed = None
 
+    def __getstate__(self): return {k: v if k == 'learn' else _saved(v) for k,v in super().__getstate__().items()}
+    def __copy__(self): return self.__deepcopy__(None)
+    def __deepcopy__(self, memo):
+        new,state = type(self).__new__(type(self)),super().__getstate__()
+        if memo is not None:
+            memo[id(self)] = new
+            state = {k: v if k == 'learn' and id(v) not in memo else copy.deepcopy(v, memo) for k,v in state.items()}
+        new.__setstate__(state)
+        return new
+
     # -- what a user reads
 
     @property
@@ -176,7 +197,7 @@ class SparsifyCallback(HoldingCallback):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-# %% ../nbs/12_callback.ipynb #70587c4e
+# %% ../nbs/12_callback.ipynb #71e4b612
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
@@ -212,7 +233,7 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
 
-# %% ../nbs/12_callback.ipynb #f4f5b622
+# %% ../nbs/12_callback.ipynb #db2e5a93
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
@@ -229,7 +250,7 @@ def _add_column(self:SparsifyCallback):
     at = len(names) - bool(self.recorder.add_time)
     self.recorder.metric_names = L(names[:at] + [f'sparsity_{others+1}' if others else 'sparsity'] + names[at:])
 
-# %% ../nbs/12_callback.ipynb #e936b9a0
+# %% ../nbs/12_callback.ipynb #b3f6717d
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -265,7 +286,7 @@ def before_batch(self:SparsifyCallback):
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
-# %% ../nbs/12_callback.ipynb #83b1a844
+# %% ../nbs/12_callback.ipynb #ed15d9a5
 @patch
 def after_validate(self:SparsifyCallback):
     if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
@@ -290,7 +311,7 @@ def after_fit(self:SparsifyCallback):
     HoldingCallback.after_fit(self)
     if not self.lock.locked(): self._snapshot = None
 
-# %% ../nbs/12_callback.ipynb #0768f883
+# %% ../nbs/12_callback.ipynb #83267cd4
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)

@@ -458,3 +458,14 @@ def test_a_layer_with_a_forward_of_its_own_is_named():
         def forward(self, x): return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
     notes = Sparsifier(nn.Sequential(Standardized(2, 4, 1), nn.Conv2d(4, 4, 1))).report().notes
     assert len(notes) == 1 and notes[0].startswith('0 has a forward of its own (Standardized)')
+
+
+def test_a_batchnorm_that_is_replaced_by_its_synchronised_form_still_follows():
+    "`convert_sync_batchnorm` makes new modules around the same parameters"
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    s = Sparsifier(model, 'filter', 'local')
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    s.prune_model(50)
+    dead = ~s.masks['0.weight'].flatten(1).any(1)
+    assert isinstance(model[1], nn.SyncBatchNorm) and not model[1].weight[dead].any() and not model[1].bias[dead].any()
+    assert {f.name for f in Sparsifier(model, 'filter')._followers} == {'0.bias', '1.weight', '1.bias'}

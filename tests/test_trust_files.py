@@ -323,3 +323,18 @@ def test_the_state_is_plain_and_a_copy(tmp_path):
     state['masks']['3.weight'].fill_(False)
     fit(learn, 1, cbs=KeepSparsityCallback())
     assert is_exact(learn.model, 50)
+
+
+def test_a_function_that_cannot_be_saved_does_not_break_the_export(tmp_path):
+    cb = SparsifyCallback(70, criteria=lambda w: w.abs(), schedule=lambda p: p, exclude=lambda name, layer: name == '0')
+    learn = small_learner(tmp_path, cbs=cb)
+    fit(learn, 1)
+    want = state_of(learn.model)
+    learn.export()
+    assert learn.opt is not None and len(learn.dls.train_ds) == 32
+    again = load_learner(tmp_path/'export.pkl')
+    assert same(state_of(again.model), want) and again.sparsify.sparsity == 70
+    again.dls = learn.dls
+    with pytest.raises(RuntimeError, match='could not be saved with it'): fit(again, 1)
+    fit(learn, 1) # the original still has its functions
+    for twin in (copy.copy(cb), copy.deepcopy(cb)): assert twin.criteria is cb.criteria
