@@ -7,13 +7,13 @@ Docs: https://fastsparse.github.io/fastsparse/lottery.html.md"""
 # %% auto #0
 __all__ = ['Snapshot', 'save_ticket']
 
-# %% ../nbs/10_lottery.ipynb #4216c54d
+# %% ../nbs/10_lottery.ipynb #e5416556
 import copy
 from pathlib import Path
 import torch
 from torch import nn
 
-# %% ../nbs/10_lottery.ipynb #74dd9bf4
+# %% ../nbs/10_lottery.ipynb #40302fad
 class Snapshot:
     "A copy of everything that training changes in a model and its optimizer"
     def __init__(self,

@@ -7,11 +7,11 @@ Docs: https://fastsparse.github.io/fastsparse/mask.html.md"""
 # %% auto #0
 __all__ = ['kth_lowest', 'keep_mask', 'apply_mask', 'MaskHolder', 'ZeroHolder']
 
-# %% ../nbs/02_mask.ipynb #76efdf1d
+# %% ../nbs/02_mask.ipynb #e710a93a
 from typing import Callable, Iterator, Sequence
 import torch
 
-# %% ../nbs/02_mask.ipynb #dbe87adb
+# %% ../nbs/02_mask.ipynb #45c3a0d2
 def kth_lowest(
     scores:Sequence[torch.Tensor], # Tensors of scores, gone through one at a time, several times; no NaN
     k:int, # Which one, from 1 to `total`
@@ -29,7 +29,7 @@ def kth_lowest(
         if below < k <= below+len(between): return between.kthvalue(k-below).values.item()
     return joined(lambda s: s).kthvalue(k).values.item() # few scores, or an unlucky sample
 
-# %% ../nbs/02_mask.ipynb #3235614e
+# %% ../nbs/02_mask.ipynb #d51305dc
 def keep_mask(
     scores:torch.Tensor, # Scores, of shape (rows, n) or (n,); no NaN
     k:int, # How many to lose in each row, from 0 to n
@@ -49,7 +49,7 @@ def keep_mask(
     keep[ties.nonzero()[stay:,0]] = True
     return keep.view(scores.shape)
 
-# %% ../nbs/02_mask.ipynb #aeb762d0
+# %% ../nbs/02_mask.ipynb #f14f7455
 _bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def apply_mask(
     "Set `t` to zero wherever `mask` is False, in place and whatever stood there"
     t.detach().view(_bits[t.element_size()]).mul_(mask)
 
-# %% ../nbs/02_mask.ipynb #79d01962
+# %% ../nbs/02_mask.ipynb #d39d4556
 class MaskHolder:
     "Keeps tensors, their gradients and their optimizer state zero where masks say so"
     def pairs(self) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:

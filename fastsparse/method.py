@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/method.html.md"""
 # %% auto #0
 __all__ = ['local', 'global_', 'allocate', 'available_methods', 'as_method']
 
-# %% ../nbs/03_method.ipynb #8a6bb3c9
+# %% ../nbs/03_method.ipynb #e55f489f
 import math
 from typing import Callable, Sequence
 import torch
 from .granularity import did_you_mean
 from .mask import kth_lowest
 
-# %% ../nbs/03_method.ipynb #6d509af4
+# %% ../nbs/03_method.ipynb #fec4115f
 def local(
     scores:Sequence[torch.Tensor], # Not read
     n:list[int], # Groups in a row of each layer
@@ -25,7 +25,7 @@ def local(
     "Each layer meets its own target: the nearest number of groups"
     return [max(min(round(w/s), n_-f), 0) for n_,s,w,f in zip(n, step, wanted, floor)]
 
-# %% ../nbs/03_method.ipynb #46ff9bfb
+# %% ../nbs/03_method.ipynb #5f3a1354
 def global_(
     scores:Sequence[torch.Tensor], # For each layer, of shape (1, n)
     n:list[int], # Groups of each layer
@@ -71,7 +71,7 @@ def _rank_mixed(scores, n, step, budget, most):
     taken = int((zeros - budget).abs().argmin())
     return torch.cat(owner)[order[:taken]].bincount(minlength=len(n)).tolist()
 
-# %% ../nbs/03_method.ipynb #570a866f
+# %% ../nbs/03_method.ipynb #6dd0ca1d
 class _Bundles:
     "The scores of bundles of `r` groups, best first tied up, from the scores of the groups"
     def __init__(self, scores, idxs, r): self.scores,self.idxs,self.r = scores,idxs,r
@@ -113,7 +113,7 @@ def _checked(method, scores, n, step, wanted, floors):
         raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, whole and from 0 to its groups")
     return lost
 
-# %% ../nbs/03_method.ipynb #baf4cee2
+# %% ../nbs/03_method.ipynb #9206cf1f
 _methods = {'local': local, 'global': global_}
 
 def available_methods() -> list[str]:

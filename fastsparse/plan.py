@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/plan.html.md"""
 # %% auto #0
 __all__ = ['check_sparsity', 'check_request', 'Plan', 'SparsityWarning', 'warn', 'tell_difference']
 
-# %% ../nbs/08_plan.ipynb #edaa1d12
+# %% ../nbs/08_plan.ipynb #b720a779
 import re, sys, warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -16,7 +16,7 @@ from .granularity import NM
 from .method import global_
 from .select import Target, check_selector
 
-# %% ../nbs/08_plan.ipynb #ec2ed54a
+# %% ../nbs/08_plan.ipynb #e0d675df
 def check_sparsity(
     sparsity, # Percent, or a dict {layer selector: percent}
 ):
@@ -50,7 +50,7 @@ def check_request(
         for p in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
             if p and abs(p - granularity.percent) > .01: raise ValueError(f"sparsity={p} does not go with the pattern {granularity}, which always makes {granularity.percent:g} % zero; ask for {granularity.percent:g}")
 
-# %% ../nbs/08_plan.ipynb #2fd7d58a
+# %% ../nbs/08_plan.ipynb #f5513d93
 @dataclass(frozen=True)
 class Plan:
     "What each target has, and what it shall have"
@@ -68,7 +68,7 @@ class Plan:
         want = [progress*p*sizes[n]/100 for n,p in self.end.items()]
         return max(want, had, key=sum) if together else [max(w, h) for w,h in zip(want, had)]
 
-# %% ../nbs/08_plan.ipynb #ed5d370d
+# %% ../nbs/08_plan.ipynb #63eda611
 class SparsityWarning(UserWarning):
     "Something was done as well as it could be, but not as it was asked for"
 
