@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/12_callback.ipynb #19039dff
+# %% ../nbs/12_callback.ipynb #0bf9dfd0
 import copy, dis, pickle, sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/12_callback.ipynb #1447003e
+# %% ../nbs/12_callback.ipynb #db9b96f7
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
@@ -50,6 +50,7 @@ class HoldingCallback(Callback):
     def before_fit(self):
         if self.lock.locked(): return # validate or get_preds, maybe in the middle of a fit of ours
         self._holder,self._made_for_fit,self._epoch = None,None,-1 # also of a fit that broke
+        self.__dict__.pop('order', None)
         if not hasattr(self.learn, 'lr_finder'): self._made_for_fit = self.make_holder()
 
     def begin(self):
@@ -57,6 +58,7 @@ class HoldingCallback(Callback):
         self._holder,self._made_for_fit = self._made_for_fit,None
         self._crowded = any(type(cb) is Callback or not type(cb).__module__.startswith(('fastai.','fastsparse.')) for cb in self.learn.cbs)
 
+    _settled = True # masks will not change any more
     @property
     def _active(self): return self._holder is not None and not self.lock.locked()
 
@@ -85,16 +87,19 @@ class HoldingCallback(Callback):
     def before_validate(self):
         if self._active: self._holder.apply_masks()
     def after_epoch(self):
-        if self._active: self._holder.apply_masks()
+        if not self._active: return
+        self._holder.apply_masks()
+        if self._epoch == self.n_epoch-1 and self._settled: self.order = float('inf') # the last word in after_fit
     def after_fit(self):
         if self.lock.locked(): return
+        self.__dict__.pop('order', None)
         if self._holder is not None and self.train_iter: self._holder.apply_masks()
         self._holder = self._made_for_fit = None
 
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/12_callback.ipynb #d18468d7
+# %% ../nbs/12_callback.ipynb #196ebac9
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -111,7 +116,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/12_callback.ipynb #1995c21e
+# %% ../nbs/12_callback.ipynb #9d0e2e35
 class _Lost:
     "Stands, in a saved callback, for a setting that could not be saved"
     def _tell(self, *_, **__): raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); make a new SparsifyCallback")
@@ -175,6 +180,9 @@ class SparsifyCallback(HoldingCallback):
         new.__setstate__(state)
         return new
 
+    @property
+    def _settled(self): return self._progress == self.schedule(1.)
+
     # -- what a user reads
 
     @property
@@ -197,7 +205,7 @@ class SparsifyCallback(HoldingCallback):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-# %% ../nbs/12_callback.ipynb #71e4b612
+# %% ../nbs/12_callback.ipynb #3b2d165d
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
@@ -233,7 +241,7 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
 
-# %% ../nbs/12_callback.ipynb #db2e5a93
+# %% ../nbs/12_callback.ipynb #67ab1bdd
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
@@ -250,7 +258,7 @@ def _add_column(self:SparsifyCallback):
     at = len(names) - bool(self.recorder.add_time)
     self.recorder.metric_names = L(names[:at] + [f'sparsity_{others+1}' if others else 'sparsity'] + names[at:])
 
-# %% ../nbs/12_callback.ipynb #b3f6717d
+# %% ../nbs/12_callback.ipynb #9117964f
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -286,7 +294,7 @@ def before_batch(self:SparsifyCallback):
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
-# %% ../nbs/12_callback.ipynb #ed15d9a5
+# %% ../nbs/12_callback.ipynb #849f623c
 @patch
 def after_validate(self:SparsifyCallback):
     if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
@@ -311,7 +319,7 @@ def after_fit(self:SparsifyCallback):
     HoldingCallback.after_fit(self)
     if not self.lock.locked(): self._snapshot = None
 
-# %% ../nbs/12_callback.ipynb #83267cd4
+# %% ../nbs/12_callback.ipynb #648047ac
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)

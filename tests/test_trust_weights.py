@@ -438,3 +438,14 @@ def test_keep_finds_the_optimizer_s_state_of_a_model_pruned_by_hand():
     cb = On(after_step=lambda learn: seen.append(sum(int((learn.model.get_parameter(n)[~m] != 0).sum()) for n, m in sparsifier.masks.items())), order=-100)
     with quiet(learn): learn.fit(1, cbs=[KeepSparsityCallback(), cb])
     assert seen == [0]*4
+
+
+@pytest.mark.parametrize('order', [0, 60, 1000])
+@pytest.mark.parametrize('keep', [False, True])
+def test_whoever_writes_weights_after_the_fit_does_not_have_the_last_word(order, keep):
+    "An average of the weights, say, that is copied into the model at the end"
+    def dense(learn): [p.data.add_(1) for p in learn.model.parameters()]
+    learn, cb = learner(), SparsifyCallback(80)
+    fit(learn, 2, cbs=[cb, *([] if keep else [On(after_fit=dense, order=order)])])
+    if keep: fit(learn, 1, cbs=[KeepSparsityCallback(), On(after_fit=dense, order=order)])
+    assert is_exact(learn.model, 80) and cb.order < 60
