@@ -7,11 +7,11 @@ Docs: https://fastsparse.github.io/fastsparse/demo.html.md"""
 # %% auto #0
 __all__ = ['digits_learner', 'folder_learner', 'demo', 'main']
 
-# %% ../nbs/13_demo.ipynb #d2155715
+# %% ../nbs/13_demo.ipynb #9f0cc84b
 from pathlib import Path
 from fastcore.script import call_parse
 
-# %% ../nbs/13_demo.ipynb #14ca618e
+# %% ../nbs/13_demo.ipynb #224cded4
 def digits_learner(
     seed:int=0, # Of the split and the weights
 ): # A fastai Learner
@@ -36,7 +36,7 @@ def digits_learner(
     model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/13_demo.ipynb #f844c4ce
+# %% ../nbs/13_demo.ipynb #797fac4d
 def _check_folder(data):
     "The folder of validation images under `data`; a ValueError says what is wrong with the layout"
     layout = "it needs train/<class>/*.jpg and test/<class>/*.jpg (or valid/), as untar_data(URLs.CIFAR) makes them"
@@ -76,7 +76,7 @@ def folder_learner(
     dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=min(bs, len(images)), num_workers=2)
     return Learner(dls, resnet18(weights=None, num_classes=dls.c), metrics=accuracy)
 
-# %% ../nbs/13_demo.ipynb #17652ead
+# %% ../nbs/13_demo.ipynb #a980b3f1
 def _pictures(out, before, after, cb):
     import matplotlib
     matplotlib.use('Agg')
