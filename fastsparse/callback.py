@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/12_callback.ipynb #0bf9dfd0
+# %% ../nbs/12_callback.ipynb #1a7c9fb1
 import copy, dis, pickle, sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from .granularity import as_granularity
 from .criteria import as_criterion, large_final
 from .mask import MaskHolder, ZeroHolder
-from .method import as_method
+from .method import as_method, global_, local
 from .schedule import agp, as_schedule
 from .select import check_selector
 from .plan import check_request, warn
@@ -32,7 +32,15 @@ from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/12_callback.ipynb #db9b96f7
+# %% ../nbs/12_callback.ipynb #747ada95
+_separable = ('SGD','Adam','AdamW','NAdam','RAdam','RMSprop','Adagrad','Adadelta','Adamax','ASGD','Rprop')
+
+def _elementwise(opt):
+    "Whether `opt` steps every weight by itself, so that the gradient of a pruned one touches no other"
+    if isinstance(wrapped := getattr(opt, 'opt', None), torch.optim.Optimizer): return type(wrapped).__module__.startswith('torch.optim.') and type(wrapped).__name__ in _separable
+    steps = [getattr(f, 'func', f) for f in opt.cbs] # some are partial functions
+    return all(getattr(f, '__module__', '') == 'fastai.optimizer' and f.__name__ not in ('larc_layer_lr','larc_step','lamb_step') for f in steps)
+
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
@@ -56,7 +64,9 @@ class HoldingCallback(Callback):
     def begin(self):
         "The first epoch of training begins"
         self._holder,self._made_for_fit = self._made_for_fit,None
-        self._crowded = any(type(cb) is Callback or not type(cb).__module__.startswith(('fastai.','fastsparse.')) for cb in self.learn.cbs)
+        others = [type(cb) for cb in self.learn.cbs if not type(cb).__module__.startswith('fastsparse.')]
+        self._crowded = any(cb is Callback or not cb.__module__.startswith('fastai.') for cb in others)
+        self._exposed = self._crowded or not _elementwise(self.opt) or any(hasattr(cb, event) for cb in others for event in ('after_backward','before_step','after_step'))
 
     _settled = True # masks will not change any more
     @property
@@ -81,7 +91,7 @@ class HoldingCallback(Callback):
     def before_batch(self):
         if self._active and (self._crowded if self.training else self.iter == 0): self._holder.apply_masks()
     def after_backward(self):
-        if self._active: self._holder.mask_gradients()
+        if self._active and self._exposed: self._holder.mask_gradients()
     def after_step(self):
         if self._active: self._holder.apply_masks()
     def before_validate(self):
@@ -89,17 +99,20 @@ class HoldingCallback(Callback):
     def after_epoch(self):
         if not self._active: return
         self._holder.apply_masks()
+        self._holder.mask_state(self._optimizer_state())
         if self._epoch == self.n_epoch-1 and self._settled: self.order = float('inf') # the last word in after_fit
     def after_fit(self):
         if self.lock.locked(): return
         self.__dict__.pop('order', None)
-        if self._holder is not None and self.train_iter: self._holder.apply_masks()
+        if self._holder is not None and self.train_iter:
+            self._holder.apply_masks()
+            self._holder.mask_state(self._optimizer_state())
         self._holder = self._made_for_fit = None
 
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/12_callback.ipynb #196ebac9
+# %% ../nbs/12_callback.ipynb #d6eecc96
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -116,7 +129,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/12_callback.ipynb #9d0e2e35
+# %% ../nbs/12_callback.ipynb #18aaed1b
 class _Lost:
     "Stands, in a saved callback, for a setting that could not be saved"
     def _tell(self, *_, **__): raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); make a new SparsifyCallback")
@@ -205,7 +218,7 @@ class SparsifyCallback(HoldingCallback):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-# %% ../nbs/12_callback.ipynb #3b2d165d
+# %% ../nbs/12_callback.ipynb #98a5a8a5
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
@@ -241,7 +254,7 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
 
-# %% ../nbs/12_callback.ipynb #67ab1bdd
+# %% ../nbs/12_callback.ipynb #75dcac87
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
@@ -258,7 +271,7 @@ def _add_column(self:SparsifyCallback):
     at = len(names) - bool(self.recorder.add_time)
     self.recorder.metric_names = L(names[:at] + [f'sparsity_{others+1}' if others else 'sparsity'] + names[at:])
 
-# %% ../nbs/12_callback.ipynb #9117964f
+# %% ../nbs/12_callback.ipynb #84a2c092
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -280,8 +293,9 @@ def _due(self:SparsifyCallback): # a function of the position alone, so that a r
 def _go_to(self:SparsifyCallback, position):
     progress = self.schedule(position)
     if progress == self._progress: return
+    if progress < self._progress or self.method not in (local, global_): self._holder.mask_state(self._optimizer_state()) # what returns starts afresh
     percent = self.sparsifier.advance(self._plan, progress, _agree)
-    self._holder.mask_state(self._optimizer_state())
+    if self._exposed: self._holder.mask_state(self._optimizer_state())
     rose,self._progress = progress > self._progress,progress
     self.history.append((position, percent))
     if self.lth and rose: self._rewind(percent)
@@ -294,7 +308,7 @@ def before_batch(self:SparsifyCallback):
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
-# %% ../nbs/12_callback.ipynb #849f623c
+# %% ../nbs/12_callback.ipynb #f5938ced
 @patch
 def after_validate(self:SparsifyCallback):
     if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
@@ -319,7 +333,7 @@ def after_fit(self:SparsifyCallback):
     HoldingCallback.after_fit(self)
     if not self.lock.locked(): self._snapshot = None
 
-# %% ../nbs/12_callback.ipynb #648047ac
+# %% ../nbs/12_callback.ipynb #2389c75a
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)

@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 __all__ = ['LayerType', 'register_layer', 'layer_type', 'available_granularities', 'Groups', 'Granularity', 'did_you_mean',
            'NMGroups', 'NM', 'as_granularity', 'output_groups']
 
-# %% ../nbs/00_granularity.ipynb #0d371529
+# %% ../nbs/00_granularity.ipynb #ecc977bb
 import difflib, re
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import nn
 
-# %% ../nbs/00_granularity.ipynb #127906b7
+# %% ../nbs/00_granularity.ipynb #a8266495
 def _conv_granularities(
     spatial:str, # The spatial axes of a kernel, such as 'kh kw'
 ) -> dict[str,str]: # Name to kept axes
@@ -28,7 +28,7 @@ def _conv_granularities(
     drops['layer'] = f'out in {spatial}'
     return {name: ' '.join(a for a in axes if a not in d.split()) for name,d in drops.items() if set(d.split()) <= set(axes)}
 
-# %% ../nbs/00_granularity.ipynb #f5130607
+# %% ../nbs/00_granularity.ipynb #fc50503d
 @dataclass(frozen=True)
 class LayerType:
     "What is known of one class of layers"
@@ -49,7 +49,7 @@ def register_layer(
             raise ValueError(f"granularity {name!r} of {cls.__name__} keeps {sorted(unknown)}, but its axes are {list(axes)}")
     _layer_types[cls] = LayerType(axes, dict(granularities))
 
-# %% ../nbs/00_granularity.ipynb #0f2d3b7f
+# %% ../nbs/00_granularity.ipynb #eb757227
 for d,spatial in {2: 'kh kw', 1: 'k', 3: 'kd kh kw'}.items():
     register_layer(getattr(nn, f'Conv{d}d'), f'out in {spatial}', _conv_granularities(spatial))
     register_layer(getattr(nn, f'ConvTranspose{d}d'), f'in out {spatial}', _conv_granularities(spatial))
@@ -62,7 +62,7 @@ def layer_type(
     cls = layer if isinstance(layer, type) else type(layer)
     return next((_layer_types[c] for c in cls.__mro__ if c in _layer_types), None)
 
-# %% ../nbs/00_granularity.ipynb #f3b25272
+# %% ../nbs/00_granularity.ipynb #27fd176f
 def available_granularities(
     layer:nn.Module|type|None=None, # A layer or a class of layers; None for all that is registered
 ) -> list[str]: # Names, in the order of their registration
@@ -75,7 +75,7 @@ def available_granularities(
 def _cls_name(layer): return (layer if isinstance(layer, type) else type(layer)).__name__
 def _known_types(): return f"Prunable types: {', '.join(c.__name__ for c in _layer_types)}"
 
-# %% ../nbs/00_granularity.ipynb #20fcfa9f
+# %% ../nbs/00_granularity.ipynb #631921e8
 @dataclass(frozen=True)
 class Groups:
     "The groups of one weight tensor: those weights that agree on the `keep` axes"
@@ -109,11 +109,16 @@ class Groups:
         "Number of weights that go with one more group in every row"
         return self.rows*self.size
 
+    @property
+    def single(self) -> bool:
+        "True if every weight is a group, in the order of the weight, and its score that of the group"
+        return not self._lost or (self.size == 1 and self.reduce is torch.mean)
+
     def scores(self,
         scores:torch.Tensor, # One score a weight, of the weight's shape
     ) -> torch.Tensor: # One score a group, of shape (rows, n)
         "The score of each group"
-        if not self._lost or (self.size == 1 and self.reduce is torch.mean): return scores.reshape(1, -1)
+        if self.single: return scores.reshape(1, -1)
         return self.reduce(self._unfold(scores), dim=self._lost).reshape(1, -1)
 
     def alive(self,
@@ -128,7 +133,7 @@ class Groups:
         "A mask of the weight's shape from a decision for each group"
         return kept.view(self._kept).expand(self._full).reshape(self.shape)
 
-# %% ../nbs/00_granularity.ipynb #ff246ab2
+# %% ../nbs/00_granularity.ipynb #ae58477c
 @dataclass(frozen=True)
 class Granularity:
     "Groups of weights that agree on some axes of their layer"
@@ -174,7 +179,7 @@ def did_you_mean(
 def _unknown(value): return (f"granularity {value!r} is unknown; choose one of {', '.join(available_granularities())}, "
                              "a pattern such as '2:4', or an object such as NM(2, 4)" + did_you_mean(value, available_granularities()))
 
-# %% ../nbs/00_granularity.ipynb #c804741a
+# %% ../nbs/00_granularity.ipynb #3016bcba
 @dataclass(frozen=True)
 class NMGroups(Groups):
     "Blocks of `m` consecutive weights along the input axis, each block a row of its own"
@@ -188,6 +193,8 @@ class NMGroups(Groups):
     def n(self): return self.m
     @property
     def size(self): return 1
+    @property
+    def single(self): return False
     def scores(self, scores): return self._unfold(scores).movedim(self._dim, -1).reshape(-1, self.m)
     alive = scores
     def expand(self, kept):
@@ -225,7 +232,7 @@ class NM:
 
     def __str__(self): return f'{self.n}:{self.m}'
 
-# %% ../nbs/00_granularity.ipynb #be1d70b1
+# %% ../nbs/00_granularity.ipynb #c34f918d
 def as_granularity(
     value, # A name, a pattern such as '2:4', or a granularity object
 ) -> Granularity|NM: # The object that it stands for

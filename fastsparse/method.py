@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/method.html.md"""
 # %% auto #0
 __all__ = ['local', 'global_', 'allocate', 'available_methods', 'as_method']
 
-# %% ../nbs/03_method.ipynb #e55f489f
+# %% ../nbs/03_method.ipynb #1915f64e
 import math
 from typing import Callable, Sequence
 import torch
 from .granularity import did_you_mean
-from .mask import kth_lowest
+from .mask import Scores
 
-# %% ../nbs/03_method.ipynb #fec4115f
+# %% ../nbs/03_method.ipynb #47dda9d3
 def local(
     scores:Sequence[torch.Tensor], # Not read
     n:list[int], # Groups in a row of each layer
@@ -25,7 +25,7 @@ def local(
     "Each layer meets its own target: the nearest number of groups"
     return [max(min(round(w/s), n_-f), 0) for n_,s,w,f in zip(n, step, wanted, floor)]
 
-# %% ../nbs/03_method.ipynb #5f3a1354
+# %% ../nbs/03_method.ipynb #7cef8483
 def global_(
     scores:Sequence[torch.Tensor], # For each layer, of shape (1, n)
     n:list[int], # Groups of each layer
@@ -34,48 +34,23 @@ def global_(
     floor:list[int], # Groups that have to stay in each layer
 ) -> list[int]: # Groups that each layer loses
     "One ranking over all layers; the budget counts weights"
-    most = [max(n_-f, 0) for n_,f in zip(n, floor)]
-    uniform = len(set(step)) == 1
-    return (_rank_uniform if uniform else _rank_mixed)(scores, n, step, sum(wanted), most)
-
-class _Some:
-    "A part of a sequence that is computed when asked for"
-    def __init__(self, items, idxs): self.items,self.idxs = items,idxs
-    def __iter__(self): return (self.items[i] for i in self.idxs)
-
-def _rank_uniform(scores, n, step, budget, most):
-    k,lost,free = max(round(budget/step[0]), 0), [0]*len(n), list(range(len(n)))
-    if k >= sum(most): return most
+    scores = scores if isinstance(scores, Scores) else Scores(scores)
+    most,budget = [max(n_-f, 0) for n_,f in zip(n, floor)],sum(wanted)
+    if budget >= sum(m*s for m,s in zip(most, step)): return most
+    lost,free = [0]*len(n),list(range(len(n)))
     while True: # each time round, the layers that would lose too much are settled, and the rest rank again
-        left = k - sum(lost)
-        if left <= 0: return lost
-        t = kth_lowest(_Some(scores, free), left, sum(n[i] for i in free))
-        below,ties = zip(*((int((s < t).sum()), int((s == t).sum())) for s in _Some(scores, free)))
-        extra,share = left - sum(below), {}
-        for i,b,e in zip(free, below, ties):
-            share[i] = b + min(e, extra)
-            extra -= min(e, extra)
+        share = dict(zip(free, scores.lowest(budget - sum(k*s for k,s in zip(lost, step)), step, free)))
         full = [i for i in free if share[i] > most[i]]
         for i in full or free: lost[i] = most[i] if full else share[i]
         if not full: return lost
         free = [i for i in free if i not in full]
 
-def _rank_mixed(scores, n, step, budget, most):
-    flat,sizes,owner = [],[],[]
-    for i,m in enumerate(most):
-        s = scores[i].reshape(-1).double().sort(stable=True).values[:m]
-        flat.append(s); sizes.append(torch.full_like(s, step[i], dtype=torch.long)); owner.append(torch.full_like(s, i, dtype=torch.long))
-    order = torch.cat(flat).argsort(stable=True)
-    zeros = torch.cat(sizes)[order].cumsum(0)
-    zeros = torch.cat([zeros.new_zeros(1), zeros])
-    taken = int((zeros - budget).abs().argmin())
-    return torch.cat(owner)[order[:taken]].bincount(minlength=len(n)).tolist()
-
-# %% ../nbs/03_method.ipynb #6dd0ca1d
-class _Bundles:
+# %% ../nbs/03_method.ipynb #d17d5db7
+class _Bundles(Scores):
     "The scores of bundles of `r` groups, best first tied up, from the scores of the groups"
-    def __init__(self, scores, idxs, r): self.scores,self.idxs,self.r = scores,idxs,r
-    def __len__(self): return len(self.idxs)
+    def __init__(self, scores, idxs, r):
+        super().__init__(idxs)
+        self.scores,self.idxs,self.r = scores,idxs,r
     def __getitem__(self, i):
         if i >= len(self): raise IndexError(i)
         s = self.scores[self.idxs[i]].sort(dim=-1).values
@@ -113,7 +88,7 @@ def _checked(method, scores, n, step, wanted, floors):
         raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, whole and from 0 to its groups")
     return lost
 
-# %% ../nbs/03_method.ipynb #9206cf1f
+# %% ../nbs/03_method.ipynb #0224f2bd
 _methods = {'local': local, 'global': global_}
 
 def available_methods() -> list[str]:

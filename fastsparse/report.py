@@ -7,13 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/report.html.md"""
 # %% auto #0
 __all__ = ['LayerReport', 'SparsityReport', 'sparsity_report']
 
-# %% ../nbs/07_report.ipynb #c4ae9344
+# %% ../nbs/07_report.ipynb #4f4065e1
 import html, math
 from dataclasses import dataclass
 from torch import nn
 from .granularity import layer_type, output_groups
+from .mask import count
 
-# %% ../nbs/07_report.ipynb #2b172bcc
+# %% ../nbs/07_report.ipynb #6332c224
 @dataclass(frozen=True)
 class LayerReport:
     "What was counted in one weight tensor"
@@ -35,11 +36,11 @@ class LayerReport:
     def of(cls, name:str, layer:nn.Module):
         "Count in the weight of `layer`"
         w,g = layer.weight.detach(),output_groups(layer) if layer_type(layer) else None
-        alive = w != 0
+        alive = w.bool()
         dead = None if g is None else g.n - int(g.alive(alive).sum())
-        return cls(name, type(layer).__name__, tuple(w.shape), w.numel() - int(alive.sum()), w.numel(), g and g.n, dead, w.element_size())
+        return cls(name, type(layer).__name__, tuple(w.shape), w.numel() - count(alive), w.numel(), g and g.n, dead, w.element_size())
 
-# %% ../nbs/07_report.ipynb #514fed65
+# %% ../nbs/07_report.ipynb #68d62622
 @dataclass(frozen=True)
 class SparsityReport:
     "Counted sparsity of a model: its targets, its totals, and what a reader should know"
@@ -105,7 +106,7 @@ class SparsityReport:
 
 def _mb(n): return f'{n/1e6:,.2f} MB' if n >= 1e5 else f'{n/1e3:,.2f} kB'
 
-# %% ../nbs/07_report.ipynb #687cf506
+# %% ../nbs/07_report.ipynb #b63989fe
 def sparsity_report(
     model:nn.Module, # Any model
     layers:dict[str,nn.Module]|None=None, # Names and layers to list; None for every layer of a registered type
@@ -117,4 +118,4 @@ def sparsity_report(
         layers = dict(reversed(layers.values()))
     params = list(model.parameters())
     return SparsityReport(tuple(LayerReport.of(n, m) for n,m in layers.items()),
-                          sum(p.numel() - int((p != 0).sum()) for p in params), sum(p.numel() for p in params), tuple(notes))
+                          sum(p.numel() - count(p.bool()) for p in params), sum(p.numel() for p in params), tuple(notes))

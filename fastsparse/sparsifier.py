@@ -7,7 +7,8 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['Sparsifier']
 
-# %% ../nbs/09_sparsifier.ipynb #a36ec497
+# %% ../nbs/09_sparsifier.ipynb #b8b1a19c
+import math
 from functools import reduce
 from typing import Callable, Iterator
 import torch
@@ -15,39 +16,59 @@ from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
-from .mask import MaskHolder, keep_mask
+from .mask import MaskHolder, Scores, bury, count, in_pieces
 from .method import allocate, as_method, local
 from .select import find_targets, select_layers, tensor_id
 from .plan import Plan, SparsityWarning, check_request, tell_difference # noqa: F401 (the warning is part of what a user catches)
 from .dependants import find_followers, native_forward
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/09_sparsifier.ipynb #9b1d74f8
-class _Scores:
-    "The group scores of some targets, computed whenever they are asked for"
+# %% ../nbs/09_sparsifier.ipynb #a1f05e57
+class _Scores(Scores):
+    "The group scores of some targets, computed when they are asked for"
     def __init__(self, sparsifier, targets):
-        self.sparsifier,self.targets,self.seed = sparsifier,targets,None
-        self.kept = {} if sum(t.groups.n*t.groups.rows for t in targets) <= 2**24 else None # scores that fit into 64 MB are computed once
+        super().__init__(targets)
+        self.sparsifier,self.seed,self.kept = sparsifier,None,{}
+        self.bury = not getattr(sparsifier.criteria, 'lowest_at_zero', False)
         self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one for all, or they could not be compared
-    def __len__(self): return len(self.targets)
+
+    def shape(self, i): return self.layers[i].groups.rows,self.layers[i].groups.n
+
     def __getitem__(self, i):
-        if self.kept is None: return self._compute(i)
-        if i not in self.kept: self.kept[i] = self._compute(i)
-        return self.kept[i]
-    def _compute(self, i):
-        t,s = self.targets[i],self.sparsifier
-        w,given = t.weight,{}
+        if i in self.kept: return self.kept[i]
+        t,s = self.layers[i],self.sparsifier
         if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # drawn only when it is needed
-        for name in s._reads:
-            given[name] = torch.Generator().manual_seed(self.seed + i) if name == 'generator' else s._memory[name][t.name]
-        scores = s.criteria(w, **given)
+        given = {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else s._on(s._memory[e], t.name, t.weight) for e in s._reads}
+        scores = self._ranked(t, t.groups.scores(self._scored(t, t.weight, given)), lambda: t.groups.alive(s._on(s.masks, t.name, t.weight)))
+        if t.groups.size >= 8: self.kept[i] = scores # few beside the weights
+        return scores
+
+    def pieces(self, i, every=1):
+        t,s = self.layers[i],self.sparsifier
+        if not (getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)): return super().pieces(i, every)
+        given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
+        return (self._ranked(t, self._scored(t, w[::every], {e: g[::every] for e,g in zip(s._reads, gs)}), lambda: alive[::every])
+                for w,alive,*gs in zip(*map(in_pieces, (t.weight, s._on(s.masks, t.name, t.weight), *given))))
+
+    def lowest(self, budget, step=None, among=None):
+        lost = super().lowest(budget, step, among)
+        if self.bury or 0 not in self._near.values(): return lost
+        self.bury,self._seen,self.kept = True,None,{} # pruned weights have to go before others that are zero too
+        return super().lowest(budget, step, among)
+
+    def _scored(self, t, w, given):
+        criteria = self.sparsifier.criteria
+        scores = criteria(w, **given)
         if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
-            raise ValueError(f"the criterion {getattr(s.criteria, '__name__', s.criteria)} gave {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for layer {t.layer_name!r}; it has to give one score for each weight, of shape {tuple(w.shape)}")
-        scores = t.groups.scores(scores.to(self.dtype))
-        if scores.isnan().any(): raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, or the criterion {getattr(s.criteria, '__name__', s.criteria)} made it; nothing was pruned")
-        alive = t.groups.alive(s.masks[t.name])
-        if alive.all(): return scores
-        return torch.where(alive, scores.clamp(min=torch.finfo(scores.dtype).min), -torch.inf) # what is pruned stays below all that is not
+            raise ValueError(f"the criterion {getattr(criteria, '__name__', criteria)} gave {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for layer {t.layer_name!r}; it has to give one score for each weight, of shape {tuple(w.shape)}")
+        return scores.to(self.dtype)
+
+    def _ranked(self, t, scores, alive):
+        criteria,low = self.sparsifier.criteria,float(scores.amin())
+        if math.isnan(low): raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, or the criterion {getattr(criteria, '__name__', criteria)} made it; nothing was pruned")
+        if not self.bury or not self.sparsifier._gone[t.name]: return scores
+        if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+        return bury(scores, alive()) # what is pruned stays below all that is not
 
 class Sparsifier(MaskHolder):
     "Chooses which weights of a model are zero, makes them so, and keeps them so"
@@ -73,19 +94,21 @@ class Sparsifier(MaskHolder):
             self._followers,self._lost,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs})
         self.refresh()
 
-    def _like(self, t, mask): return torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
+    def _like(self, t, mask): # as the weight lies in memory
+        return mask if mask.shape == t.weight.shape and mask.stride() == t.weight.stride() else torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
 
     def _infer(self, t):
-        if t.weight.isnan().any(): raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
-        alive = t.groups.alive(t.weight != 0)
-        if not alive.any() and getattr(self.granularity, 'name', None) != 'layer': alive = torch.ones_like(alive)
+        if t.weight.amin().isnan(): raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
+        alive = t.groups.alive(t.weight.bool())
+        if not count(alive) and getattr(self.granularity, 'name', None) != 'layer': alive = torch.ones_like(alive)
         return self._like(t, t.groups.expand(alive))
 
     def _percent(self, t): # what every row has lost
-        dead = int((~t.groups.alive(self.masks[t.name])).sum(-1).min())
+        alive = t.groups.alive(self.masks[t.name])
+        dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
         return 100*dead*t.groups.step/t.weight.numel()
 
-# %% ../nbs/09_sparsifier.ipynb #ca556f0f
+# %% ../nbs/09_sparsifier.ipynb #a993553b
 @patch
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
@@ -142,7 +165,7 @@ def _each(self:Sparsifier, sparsity):
 def advance(self:Sparsifier,
     plan:Plan, # Made by `plan`
     progress:float, # How much of the plan, from 0 to 1
-    agree:Callable|None=None, # Called with the new masks before they are applied, to let several processes agree on them in place
+    agree:Callable|None=None, # Called with each new mask, as {name: mask}, before it is applied, to let several processes agree on it in place
 ) -> float: # Percent of the planned targets' weights that the masks now make zero
     "Carry out `plan` up to this `progress`: choose the masks anew, and apply them"
     return self._reach(plan, progress, self.method, agree)
@@ -155,12 +178,17 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     wanted = plan.wanted(progress, sizes, together=method is not local)
     scores = _Scores(self, targets)
     n,step = [t.groups.n for t in targets],[t.groups.step for t in targets]
+    there = [self._gone[t.name] for t in targets]
+    if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow: nothing returns to come nearer
     floor = 0 if getattr(self.granularity, 'name', None) == 'layer' else 1
     had = [round(plan.start[t.name]*t.groups.n/100) for t in targets]
     lost = allocate(method, scores, n, step, wanted, had, plan.round_to, floor)
-    masks = {t.name: self._like(t, t.groups.expand(keep_mask(scores[i], k)) if 0 < k < t.groups.n else torch.tensor(k == 0)) for i,(t,k) in enumerate(zip(targets, lost))}
-    if agree is not None: agree(masks)
-    self.masks.update(masks)
+    some = {i for i,(t,k) in enumerate(zip(targets, lost)) if 0 < k < t.groups.n}
+    for i in some: scores.find(i, lost[i]) # an error changes nothing
+    for i,(t,k) in enumerate(zip(targets, lost)): # one at a time, so that the old masks and the new ones never stand in memory together
+        mask = self._like(t, t.groups.expand(scores.keep(i, k)) if i in some else torch.tensor(k == 0))
+        if agree is not None: agree({t.name: mask})
+        self.masks[t.name] = mask
     if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})
     self.refresh()
     self.apply_masks()
@@ -168,12 +196,12 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity), bound=any(t.groups.n - k == floor for t,k in zip(targets, lost)))
     return 100*sum(got)/sum(sizes.values())
 
-# %% ../nbs/09_sparsifier.ipynb #de349000
+# %% ../nbs/09_sparsifier.ipynb #4599e633
 @patch
 def pairs(self:Sparsifier) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
     for t in self.targets.values():
-        if t.name in self._sparse: yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
+        if self._gone[t.name]: yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
     for f in self._followers:
         if f.name in self._following: yield f.tensor, self._on(self._following, f.name, f.tensor)
 
@@ -185,10 +213,10 @@ def _on(self:Sparsifier, masks, name, tensor): # a model may have moved to anoth
 @patch
 def refresh(self:Sparsifier):
     "Take note of a change of `masks`, and let what depends on them follow"
-    self._sparse = {n for n,m in self.masks.items() if not m.all()}
+    self._gone = {n: m.numel() - count(m) for n,m in self.masks.items()}
     alive = {n: output_groups(t.layer).alive(self.masks[n])[0] for n,t in self.targets.items() if t.whole_outputs}
     before = self._following
-    self._following = {f.name: f.mask(alive) for f in self._followers} if any(not a.all() for a in alive.values()) else {}
+    self._following = {f.name: f.mask(alive) for f in self._followers} if any(count(a) < len(a) for a in alive.values()) else {}
     for f in self._followers:
         t,none = f.tensor.detach(),torch.ones_like(f.tensor, dtype=torch.bool)
         was,now = before.get(f.name, none).to(t.device),self._following.get(f.name, none)
@@ -199,11 +227,11 @@ def refresh(self:Sparsifier):
             as_it_was = self._aside[f.name][back]
             t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
-# %% ../nbs/09_sparsifier.ipynb #0781566d
+# %% ../nbs/09_sparsifier.ipynb #d0fe1798
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
-    zeros = sum(t.weight.numel() - int((t.weight != 0).sum()) for t in self.targets.values())
+    zeros = sum(t.weight.numel() - count(t.weight.bool()) for t in self.targets.values())
     return 100*zeros/sum(t.weight.numel() for t in self.targets.values())
 
 @patch
@@ -226,7 +254,7 @@ def print_sparsity(self:Sparsifier):
 def __repr__(self:Sparsifier):
     return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {getattr(self.method, '__name__', self.method).strip('_')}, {getattr(self.criteria, '__name__', self.criteria)}: {self.sparsity():.2f} % zero"
 
-# %% ../nbs/09_sparsifier.ipynb #a0e2fe15
+# %% ../nbs/09_sparsifier.ipynb #ba578c0d
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from core_helpers import bits
-from fastsparse.mask import MaskHolder, ZeroHolder, apply_mask, keep_mask, kth_lowest
+from fastsparse.mask import PIECE, MaskHolder, Scores, ZeroHolder, apply_mask, bury, count, keep_mask
 
 
 @pytest.mark.parametrize('scores,k,expected', [
@@ -64,13 +64,59 @@ def test_many_scores_are_selected_as_a_stable_sort_would(name):
     for k in (1, LARGE//2, LARGE*9//10+1, LARGE-1): assert torch.equal(keep_mask(scores, k), torch.ones(LARGE).index_fill_(0, order[:k], 0).bool()), k
 
 
-@pytest.mark.parametrize('sample', [1, 4, 64])
+@pytest.mark.parametrize('sample', [1, 4, 64, 10_000])
 @pytest.mark.parametrize('name', ['random', 'equal', 'rising', 'falling', 'periodic', 'one_apart', 'pruned'])
-def test_kth_lowest_of_several_tensors_with_any_sample(name, sample):
-    scores = SCORES[name]()[:2000]
-    parts = [scores[:1], scores[1:700].view(3, 233), scores[700:]]
-    expected = scores.sort().values
-    for k in (1, 2, 17, 1000, 1999, 2000): assert kth_lowest(parts, k, 2000, sample) == expected[k-1]
+def test_the_lowest_of_several_layers_with_any_sample(name, sample):
+    flat = SCORES[name]()[:2000]
+    layers = flat.split([1, 699, 1300])
+    owner = torch.tensor([0]*1 + [1]*699 + [2]*1300)
+    order = flat.sort(stable=True).indices
+    for k in (0, 1, 2, 17, 1000, 1999, 2000):
+        scores = Scores([s[None] for s in layers], sample)
+        lost = scores.lowest(k)
+        assert lost == owner[order[:k]].bincount(minlength=3).tolist(), k
+        kept = torch.cat([scores.keep(i, n)[0] for i,n in enumerate(lost)]) # by the threshold that was found for all
+        assert torch.equal(kept, torch.ones(2000).index_fill_(0, order[:k], 0).bool()), k
+        assert torch.equal(scores.keep(2, 7)[0], keep_mask(layers[2], 7)) # and by one that fits no more
+
+
+@pytest.mark.parametrize('sample', [1, 16, 10_000])
+def test_groups_of_different_size_are_taken_until_the_sum_is_nearest(sample):
+    torch.manual_seed(0)
+    layers, step = [torch.randint(0, 50, (1, n)).float() for n in (400, 30, 600)], [9, 200, 1]
+    flat, weight = torch.cat(layers, 1)[0], torch.cat([torch.full((n,), s) for n,s in zip((400, 30, 600), step)])
+    owner = torch.cat([torch.full((n,), i) for i,n in enumerate((400, 30, 600))])
+    order = flat.sort(stable=True).indices
+    zeros = torch.cat([torch.zeros(1), weight[order].cumsum(0)])
+    for budget in (.4, 3, 999.5, 5000, 7300, 10199.6):
+        taken = int((zeros - budget).abs().argmin())
+        assert Scores(layers, sample).lowest(budget, step) == owner[order[:taken]].bincount(minlength=3).tolist(), budget
+
+
+def test_only_some_of_the_layers():
+    assert Scores([torch.tensor([[1., 5]]), torch.tensor([[0., 0]]), torch.tensor([[2., 3]])]).lowest(3, among=[0, 2]) == [1, 2]
+
+
+def test_pieces_do_not_matter(monkeypatch):
+    torch.manual_seed(0)
+    layers = [torch.randint(0, 9, (1, 1000)).float(), torch.randn(1, 77)]
+    whole = Scores(layers, 16)
+    expected = whole.lowest(500), whole.keep(0, 480)
+    monkeypatch.setitem(PIECE, 'cpu', 7)
+    cut = Scores(layers, 16)
+    assert cut.lowest(500) == expected[0] and torch.equal(cut.keep(0, 480), expected[1])
+
+
+@pytest.mark.parametrize('mask', [torch.rand(3, 4, 5) > .5, (torch.rand(4, 6, 3, 3) > .5).to(memory_format=torch.channels_last), (torch.rand(6, 8) > .5)[::2, 1:5],
+                                  torch.ones(5).bool(), torch.zeros(0).bool(), torch.tensor(True), torch.tensor([True]).expand(3, 4)])
+def test_count_counts(mask): assert count(mask) == int(mask.sum())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_buried_is_below_everything(dtype):
+    scores = torch.tensor([1., -0., torch.inf, -5, 7], dtype=dtype)
+    assert bury(scores, torch.tensor([1, 0, 0, 0, 1]).bool()).tolist() == [1, -torch.inf, -torch.inf, -torch.inf, 7]
+    assert scores.tolist() == [1, 0, torch.inf, -5, 7]
 
 
 # writing the zeros

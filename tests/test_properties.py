@@ -9,7 +9,7 @@ from torch import nn
 from core_helpers import DTYPES, same
 from fastsparse.criteria import available_criteria
 from fastsparse.granularity import NM, available_granularities
-from fastsparse.mask import keep_mask, kth_lowest
+from fastsparse.mask import Scores, keep_mask
 from fastsparse.schedule import Schedule, Steps, available_schedules, as_schedule
 from fastsparse.sparsifier import Sparsifier, SparsityWarning
 
@@ -205,10 +205,11 @@ def test_keep_mask_is_a_stable_sort(values, data):
 
 @many
 @given(st.lists(scores, min_size=1, max_size=5), st.integers(1, 8), st.data())
-def test_kth_lowest_is_the_kth_of_all_sorted(parts, sample, data):
-    flat = sorted(v for p in parts for v in p)
-    k = data.draw(st.integers(1, len(flat)))
-    assert kth_lowest([torch.tensor(p) for p in parts], k, len(flat), sample) == torch.tensor(flat[k-1])
+def test_the_lowest_of_all_layers_are_those_of_one_stable_sort(parts, sample, data):
+    flat,owner = [v for p in parts for v in p],[i for i,p in enumerate(parts) for _ in p]
+    k = data.draw(st.integers(0, len(flat)))
+    lost = [owner[i] for i in sorted(range(len(flat)), key=flat.__getitem__)[:k]]
+    assert Scores([torch.tensor([p]) for p in parts], sample).lowest(k) == [lost.count(i) for i in range(len(parts))]
 
 
 @some

@@ -1,18 +1,20 @@
 "Masks hold whoever writes the weights, in every kind of model and precision"
+from functools import partial
+
 import pytest
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision, copy_clone, get_master, to_master_grads, to_model_params
-from fastai.callback.training import GradientClip
-from fastai.optimizer import Adam
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.optimizer import Adam, Lamb, Larc, OptimWrapper, RMSProp, ranger
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from fastai_helpers import (Journal, On, anatomy, column, conv, dense_state, fit, forward_watch, is_exact, learner, loaders, net, percent, quiet, regrown, sparse_learner,
+from fastai_helpers import (Journal, On, anatomy, column, conv, dense_state, fit, forward_watch, is_exact, learner, loaders, momentum, net, percent, quiet, regrown, sparse_learner,
                             state_of, when)
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
-from fastsparse.schedule import Schedule, Steps
+from fastsparse.schedule import Schedule, Steps, agp, dsd
 
 AT_ONCE = Schedule(Steps(1), 0)
 
@@ -449,3 +451,36 @@ def test_whoever_writes_weights_after_the_fit_does_not_have_the_last_word(order,
     fit(learn, 2, cbs=[cb, *([] if keep else [On(after_fit=dense, order=order)])])
     if keep: fit(learn, 1, cbs=[KeepSparsityCallback(), On(after_fit=dense, order=order)])
     assert is_exact(learn.model, 80) and cb.order < 60
+
+
+# -- gradients are masked where somebody can see them, and only there
+
+class Odd(torch.optim.SGD): pass
+
+
+@pytest.mark.parametrize('seen,kwargs,cbs', [
+    (False, dict(), []), (False, dict(opt_func=Adam), []), (False, dict(opt_func=RMSProp), []), (False, dict(opt_func=ranger), [ShortEpochCallback(.9)]),
+    (False, dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), []), (True, dict(opt_func=partial(OptimWrapper, opt=Odd)), []),
+    (True, dict(opt_func=Lamb), []), (True, dict(opt_func=Larc), []), (True, dict(), [GradientClip()]), (True, dict(), [GradientAccumulation(8)]),
+    (True, dict(), [MixedPrecision()]), (True, dict(), [On()]), (True, dict(), [Callback(after_batch=lambda self: None)])])
+def test_gradients_are_masked_where_somebody_can_see_them(seen, kwargs, cbs):
+    learn, cb, grads = learner(**kwargs), SparsifyCallback(80, schedule=AT_ONCE), []
+    after = cb.after_backward
+    def after_backward():
+        after()
+        grads.append(sum(int((learn.model.get_parameter(n).grad[~m] != 0).sum()) for n, m in cb.sparsifier.masks.items()))
+    cb.after_backward = after_backward
+    fit(learn, 1, cbs=[cb, *cbs])
+    assert (sum(grads) == 0) == seen and dense_state(cb, learn.opt) == 0 and regrown(cb) == 0
+
+
+@pytest.mark.parametrize('opt_func', [momentum, Adam, ranger])
+@pytest.mark.parametrize('schedule', [agp, dsd])
+def test_a_masked_gradient_changes_nothing_but_itself(opt_func, schedule):
+    ends = []
+    for cbs in ([], [On(after_backward=lambda learn: None)]):
+        learn, cb = learner(opt_func=opt_func), SparsifyCallback(90, schedule=schedule)
+        fit(learn, 2, cbs=[cb, *cbs])
+        assert dense_state(cb, learn.opt) == 0
+        ends.append(learn.model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))
