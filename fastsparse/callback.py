@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/12_callback.ipynb #1a7c9fb1
+# %% ../nbs/12_callback.ipynb #b682d3c0
 import copy, dis, pickle, sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, event
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
 import fastai.callback.schedule # noqa: F401 (adds fine_tune to Learner)
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/12_callback.ipynb #747ada95
+# %% ../nbs/12_callback.ipynb #75c55871
 _separable = ('SGD','Adam','AdamW','NAdam','RAdam','RMSprop','Adagrad','Adadelta','Adamax','ASGD','Rprop')
 
 def _elementwise(opt):
@@ -40,6 +40,10 @@ def _elementwise(opt):
     if isinstance(wrapped := getattr(opt, 'opt', None), torch.optim.Optimizer): return type(wrapped).__module__.startswith('torch.optim.') and type(wrapped).__name__ in _separable
     steps = [getattr(f, 'func', f) for f in opt.cbs] # some are partial functions
     return all(getattr(f, '__module__', '') == 'fastai.optimizer' and f.__name__ not in ('larc_layer_lr','larc_step','lamb_step') for f in steps)
+
+_inner = [e for e in dir(event) if e.split('_')[-1] in ('batch','pred','loss','backward','step')] # what happens in every batch
+
+def _acts(cb, events): return any(hasattr(type(cb), e) or e in vars(cb) for e in events) or type(cb).__call__ is not Callback.__call__
 
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
@@ -64,9 +68,9 @@ class HoldingCallback(Callback):
     def begin(self):
         "The first epoch of training begins"
         self._holder,self._made_for_fit = self._made_for_fit,None
-        others = [type(cb) for cb in self.learn.cbs if not type(cb).__module__.startswith('fastsparse.')]
-        self._crowded = any(cb is Callback or not cb.__module__.startswith('fastai.') for cb in others)
-        self._exposed = self._crowded or not _elementwise(self.opt) or any(hasattr(cb, event) for cb in others for event in ('after_backward','before_step','after_step'))
+        others = [cb for cb in self.learn.cbs if not type(cb).__module__.startswith('fastsparse.')]
+        self._crowded = any(_acts(cb, _inner) for cb in others if type(cb) is Callback or not type(cb).__module__.startswith('fastai.'))
+        self._exposed = self._crowded or not _elementwise(self.opt) or any(_acts(cb, ('after_backward','before_step','after_step')) for cb in others)
 
     _settled = True # masks will not change any more
     @property
@@ -89,7 +93,7 @@ class HoldingCallback(Callback):
         if self._made_for_fit is not None and not self.lock.locked(): self.begin()
         if self._active: self._holder.mask_state(self._optimizer_state())
     def before_batch(self):
-        if self._active and (self._crowded if self.training else self.iter == 0): self._holder.apply_masks()
+        if self._active and (self.iter == 0 or (self.training and self._crowded)): self._holder.apply_masks()
     def after_backward(self):
         if self._active and self._exposed: self._holder.mask_gradients()
     def after_step(self):
@@ -112,7 +116,7 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/12_callback.ipynb #d6eecc96
+# %% ../nbs/12_callback.ipynb #3a16935d
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -129,7 +133,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/12_callback.ipynb #18aaed1b
+# %% ../nbs/12_callback.ipynb #b9d520fb
 class _Lost:
     "Stands, in a saved callback, for a setting that could not be saved"
     def _tell(self, *_, **__): raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); make a new SparsifyCallback")
@@ -153,7 +157,7 @@ class SparsifyCallback(HoldingCallback):
         schedule=agp, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
-        update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all
+        update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all, but in short fits no more than 25 or one in 4 batches
         layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense
         lth:bool=False, # Rewind the weights after each round (Frankle & Carbin 2019); needs a schedule with rounds
@@ -218,7 +222,7 @@ class SparsifyCallback(HoldingCallback):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-# %% ../nbs/12_callback.ipynb #98a5a8a5
+# %% ../nbs/12_callback.ipynb #516b96dd
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
@@ -254,7 +258,7 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
 
-# %% ../nbs/12_callback.ipynb #75dcac87
+# %% ../nbs/12_callback.ipynb #68ef2da2
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
@@ -271,7 +275,7 @@ def _add_column(self:SparsifyCallback):
     at = len(names) - bool(self.recorder.add_time)
     self.recorder.metric_names = L(names[:at] + [f'sparsity_{others+1}' if others else 'sparsity'] + names[at:])
 
-# %% ../nbs/12_callback.ipynb #84a2c092
+# %% ../nbs/12_callback.ipynb #691df50e
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -285,8 +289,8 @@ def _position(self:SparsifyCallback): return (self._epoch + min((self.iter+1)/se
 @patch
 def _due(self:SparsifyCallback): # a function of the position alone, so that a resumed run updates where an uninterrupted one does
     if self.schedule.rounds or self.schedule(self._position) == self.schedule(1.): return True
-    total = self.n_epoch*self._n_batches
-    every = self.update_every or max(round(total*(self.schedule.end_pct - self.schedule.start_pct)/100), 1)
+    moving = self.n_epoch*self._n_batches*(self.schedule.end_pct - self.schedule.start_pct) # batches
+    every = self.update_every or max(round(moving/100), min(round(moving/25), 4), 1)
     return (self._epoch*self._n_batches + self.iter) % every == 0
 
 @patch
@@ -308,7 +312,7 @@ def before_batch(self:SparsifyCallback):
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
-# %% ../nbs/12_callback.ipynb #f5938ced
+# %% ../nbs/12_callback.ipynb #f9f5e07d
 @patch
 def after_validate(self:SparsifyCallback):
     if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
@@ -333,7 +337,7 @@ def after_fit(self:SparsifyCallback):
     HoldingCallback.after_fit(self)
     if not self.lock.locked(): self._snapshot = None
 
-# %% ../nbs/12_callback.ipynb #2389c75a
+# %% ../nbs/12_callback.ipynb #b31c95a9
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)

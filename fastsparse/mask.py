@@ -7,14 +7,14 @@ Docs: https://fastsparse.github.io/fastsparse/mask.html.md"""
 # %% auto #0
 __all__ = ['PIECE', 'in_pieces', 'count', 'Scores', 'keep_mask', 'apply_mask', 'bury', 'MaskHolder', 'ZeroHolder']
 
-# %% ../nbs/02_mask.ipynb #e0e98066
+# %% ../nbs/02_mask.ipynb #abc83135
 import math
 from functools import cache
 from typing import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-# %% ../nbs/02_mask.ipynb #8fcc7518
+# %% ../nbs/02_mask.ipynb #0ac064b4
 PIECE = {'cpu': 2**18} # numbers that fit into a cache
 def in_pieces(
     t:torch.Tensor, # Of any shape
@@ -36,7 +36,7 @@ def count(
     order = sorted(range(mask.dim()), key=mask.stride, reverse=True) # as they lie in memory
     return int(np.count_nonzero(mask.permute(order).numpy()))
 
-# %% ../nbs/02_mask.ipynb #719ed472
+# %% ../nbs/02_mask.ipynb #43526186
 class Scores:
     "The group scores of several layers, gone through in pieces"
     def __init__(self,
@@ -135,7 +135,7 @@ class Scores:
         rows,n = self.shape(i)
         if not 0 <= k <= n: raise ValueError(f"cannot lose {k} of {n}")
         if k in (0, n) or rows > 1: return _keep_rows(self[i], k)
-        while True: # once, if all layers were ranked together before; otherwise the threshold may be another
+        for _ in range(2): # if all layers were ranked together, their threshold fits; otherwise the layer has one of its own
             self.find(i, k)
             t = self._near.pop(i)
             keep = self._where(torch.gt, i, t)
@@ -144,6 +144,8 @@ class Scores:
                 ties = _indices(self._where(torch.eq, i, t))
                 if back <= len(ties): keep[ties[-back:].to(keep.device)],back = True,0
             if back == 0: return keep.view(rows, n)
+        scores = self[i] # they were others each time that they were computed
+        return torch.ones_like(scores, dtype=torch.bool).index_fill_(1, scores[0].argsort(stable=True)[:k], False)
 
     def _where(self, compare, i, t):
         at,out = 0,None
@@ -174,7 +176,7 @@ def keep_mask(
     "Keep all but the `k` lowest of each row; of equal scores the first go first"
     return Scores([scores.reshape(-1, scores.shape[-1])]).keep(0, k).view(scores.shape)
 
-# %% ../nbs/02_mask.ipynb #c78cb25c
+# %% ../nbs/02_mask.ipynb #023133f0
 _bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
@@ -187,7 +189,7 @@ def apply_mask(
 
 def _as_bits(t): return t.detach().view(_bits[t.element_size()])
 
-# %% ../nbs/02_mask.ipynb #dbcce0b8
+# %% ../nbs/02_mask.ipynb #59217f7c
 @cache
 def _lowest(dtype): return int(torch.tensor(-math.inf, dtype=dtype).view(_bits[dtype.itemsize]))
 
@@ -198,7 +200,7 @@ def bury(
     "`scores`, and -inf wherever `alive` is False"
     return (scores.view(_bits[scores.element_size()])*alive).add_(~alive, alpha=_lowest(scores.dtype)).view(scores.dtype)
 
-# %% ../nbs/02_mask.ipynb #1c0a0507
+# %% ../nbs/02_mask.ipynb #e88f6df7
 class MaskHolder:
     "Keeps tensors, their gradients and their optimizer state zero where masks say so"
     def pairs(self) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from core_helpers import DTYPES, EACH, LAYERS, PERCENTS, bits, fill, linear, naive_groups, naive_mask, nearest, rows, same, small_net
-from fastsparse.criteria import available_criteria
+from fastsparse.criteria import available_criteria, elementwise, large_final
 from fastsparse.granularity import NM, Granularity
+from fastsparse.mask import PIECE
 from fastsparse.plan import Plan, SparsityWarning, check_sparsity
 from fastsparse.select import find_targets
 from fastsparse.sparsifier import Sparsifier
@@ -909,3 +910,87 @@ def test_a_copy_of_model_and_sparsifier_is_independent():
     assert twin.model is not s.model and same(twin.masks, s.masks)
     quietly(twin.prune_model, 90)
     assert s.sparsity() == pytest.approx(40, abs=.1) and twin.sparsity() == pytest.approx(90, abs=.1)
+
+
+# lean
+
+def wide_net(): return torch.nn.Sequential(torch.nn.Linear(600, 700, bias=False), torch.nn.Linear(700, 500, bias=False)) # enough for samples and several pieces
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('method', ['local', 'global'])
+def test_any_number_of_threads_gives_the_same_masks(method, dtype):
+    masks, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            torch.manual_seed(0)
+            s = Sparsifier(wide_net().to(dtype), 'weight', method)
+            for percent in (10, 70, 90): s.prune_model(percent)
+            masks.append(s.masks)
+    finally: torch.set_num_threads(threads)
+    assert same(masks[0], masks[1]) and same(masks[0], masks[2])
+    assert sum(int((~m).sum()) for m in masks[0].values()) == round(.9*770_000)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_large_layers_are_pruned_as_one_stable_sort_would(dtype):
+    torch.manual_seed(0)
+    model = wide_net().to(dtype)
+    s, flat = Sparsifier(model), torch.cat([p.detach().abs().flatten() for p in model.parameters()])
+    for percent in (40, 41, 90):
+        s.prune_model(percent)
+        expected = torch.ones(len(flat)).index_fill_(0, flat.float().sort(stable=True).indices[:round(percent*len(flat)/100)], 0).bool()
+        assert torch.equal(torch.cat([m.flatten() for m in s.masks.values()]), expected)
+        assert s.sparsity() >= percent
+
+
+def test_elementwise_criteria_never_see_a_whole_layer_and_others_do():
+    sizes, masks = [], []
+    def whole(w): sizes.append(w.numel()); return w.abs()
+    @elementwise
+    def pieces(w): sizes.append(w.numel()); return w.abs()
+    for criteria, smallest, largest in ((whole, 350_000, 420_000), (pieces, 1, PIECE['cpu']), (large_final, None, None)):
+        torch.manual_seed(0)
+        s = Sparsifier(wide_net(), criteria=criteria)
+        s.prune_model(50), s.prune_model(80)
+        masks.append(s.masks)
+        if sizes: assert smallest <= min(sizes) and max(sizes) <= largest
+        sizes.clear()
+    assert same(masks[0], masks[1]) and same(masks[0], masks[2])
+
+
+@pytest.mark.parametrize('granularity,method', [('weight', 'global'), ('weight', 'local'), ('row', 'global'), ('2:4', 'local')])
+def test_a_failing_criterion_in_a_later_layer_changes_nothing(granularity, method):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Conv2d(8, 8, 3) for _ in range(3)])
+    def criterion(w):
+        if w.data_ptr() == model[2].weight.data_ptr(): raise RuntimeError('no scores')
+        return w.abs()
+    s = Sparsifier(model, granularity, method, criterion)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match='no scores'): s.prune_model(50)
+    assert same(before, model.state_dict()) and all(m.all() for m in s.masks.values())
+
+
+@pytest.mark.parametrize('method', ['local', 'global'])
+def test_a_criterion_that_changes_its_mind_is_met_exactly_all_the_same(method):
+    torch.manual_seed(0)
+    s = Sparsifier(wide_net(), 'weight', method, lambda w: torch.rand_like(w))
+    for percent in (30, 80):
+        s.prune_model(percent)
+        assert sum(int((~m).sum()) for m in s.masks.values()) == percent*7700
+
+
+@pytest.mark.parametrize('method', ['local', 'global'])
+@pytest.mark.parametrize('criteria', ['large_final', 'squared_final', 'movmag'])
+def test_what_is_pruned_goes_before_what_became_zero_by_itself(criteria, method):
+    layer = nn.Linear(6, 1, bias=False)
+    layer.weight.data[0] = torch.tensor([.6, .5, .4, .3, .2, .1])
+    s = Sparsifier(layer, 'weight', method, criteria)
+    if criteria == 'movmag': layer.weight.data.add_(1)
+    s.prune_model(100/3)
+    layer.weight.data[0, 0] = 0
+    for percent, kept in ((100/3, [1, 1, 1, 1, 0, 0]), (50, [0, 1, 1, 1, 0, 0])):
+        s.prune_model(percent)
+        assert bits(s.masks['weight'][0]) == kept

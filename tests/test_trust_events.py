@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
                                   CancelValidException)
-from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.block import CategoryBlock, DataBlock
@@ -17,6 +17,7 @@ from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabula
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_helpers import (Journal, On, anatomy, at, column, dense_state, fit, forward_watch, is_exact, learner, loaders, masks_of, net, percent, quiet, regrown, samples, same,
                             sparse_learner, state_of, throw, when)
@@ -550,3 +551,45 @@ def test_removed_in_the_middle_of_an_event(event):
     remover = On(order=0, **{event: when(lambda learn: learn.epoch == 1 and cb in learn.cbs, lambda learn: learn.remove_cb(cb))})
     fit(learn, 3, cbs=[cb, remover])
     assert cb not in learn.cbs and list(learn.model.state_dict()) == list(learner().model.state_dict())
+
+
+# -- lean
+
+class Reads(TorchDispatchMode):
+    "Counts what a GPU would have to be waited for"
+    def __init__(self): super().__init__(); self.n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._to_copy)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('cbs', [[], [GradientClip()]])
+def test_nothing_waits_for_the_device_between_two_updates(cbs):
+    learn, cb, reads = learner(), SparsifyCallback(80, 'filter', schedule=LINEAR, update_every=3), {}
+    run = type(cb).__call__
+    def counted(event_name):
+        with Reads() as r: run(cb, event_name)
+        if learn.training and event_name not in ('before_fit', 'before_epoch', 'before_train', 'after_train', 'after_epoch', 'after_fit'):
+            reads.setdefault(len(cb.history) > len(seen), []).append(r.n)
+        seen[:] = cb.history
+    seen = []
+    cb.__class__ = type('Counted', (SparsifyCallback,), dict(__call__=lambda self, event_name: counted(event_name), __module__='fastsparse.callback'))
+    fit(learn, 3, cbs=[cb, *cbs])
+    assert sum(reads[False]) == 0 and all(reads[True])
+
+
+def test_after_a_fit_only_masks_are_left():
+    learn, cb = learner(), SparsifyCallback(80)
+    fit(learn, 2, cbs=cb)
+    theirs = {t.data_ptr() for t in [*learn.model.state_dict().values()]}
+    mine, todo, seen = [], [vars(cb), vars(cb.sparsifier)], set()
+    while todo: # all tensors that the callback can reach, but not through the Learner or the model
+        x = todo.pop()
+        if id(x) in seen or isinstance(x, (nn.Module, type(learn), type(learn.opt))): continue
+        seen.add(id(x))
+        if isinstance(x, torch.Tensor): mine.append(x)
+        elif isinstance(x, dict): todo += x.values()
+        elif isinstance(x, (list, tuple, set)): todo += x
+        elif type(x).__module__.startswith('fastsparse.'): todo += vars(x).values()
+    mine = [t for t in mine if t.data_ptr() not in theirs]
+    assert sum(t.numel()*t.element_size() for t in mine) == sum(m.numel() for m in cb.sparsifier.masks.values())

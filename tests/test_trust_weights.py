@@ -15,6 +15,7 @@ from fastai_helpers import (Journal, On, anatomy, column, conv, dense_state, fit
                             state_of, when)
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
 from fastsparse.schedule import Schedule, Steps, agp, dsd
+from fastsparse.sparsifier import Sparsifier
 
 AT_ONCE = Schedule(Steps(1), 0)
 
@@ -462,7 +463,7 @@ class Odd(torch.optim.SGD): pass
     (False, dict(), []), (False, dict(opt_func=Adam), []), (False, dict(opt_func=RMSProp), []), (False, dict(opt_func=ranger), [ShortEpochCallback(.9)]),
     (False, dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), []), (True, dict(opt_func=partial(OptimWrapper, opt=Odd)), []),
     (True, dict(opt_func=Lamb), []), (True, dict(opt_func=Larc), []), (True, dict(), [GradientClip()]), (True, dict(), [GradientAccumulation(8)]),
-    (True, dict(), [MixedPrecision()]), (True, dict(), [On()]), (True, dict(), [Callback(after_batch=lambda self: None)])])
+    (True, dict(), [MixedPrecision()]), (True, dict(), [On(after_batch=lambda learn: None)]), (True, dict(), [Callback(after_batch=lambda self: None)])])
 def test_gradients_are_masked_where_somebody_can_see_them(seen, kwargs, cbs):
     learn, cb, grads = learner(**kwargs), SparsifyCallback(80, schedule=AT_ONCE), []
     after = cb.after_backward
@@ -484,3 +485,25 @@ def test_a_masked_gradient_changes_nothing_but_itself(opt_func, schedule):
         assert dense_state(cb, learn.opt) == 0
         ends.append(learn.model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))
+
+
+class Around(Callback):
+    def before_train(self): pass
+    def after_epoch(self): pass
+
+
+class Within(Callback):
+    def after_batch(self): pass
+
+
+class Called(Callback):
+    def __call__(self, event_name): pass
+
+
+@pytest.mark.parametrize('other,passes', [(None, 1), (Around, 1), (Within, 2), (Called, 2)]) # after each step, and before each batch
+def test_only_who_acts_within_batches_costs_a_second_pass(other, passes, monkeypatch):
+    learn, calls = learner(dls=loaders(3)), []
+    apply = Sparsifier.apply_masks
+    monkeypatch.setattr(Sparsifier, 'apply_masks', lambda self: (calls.append(learn.iter if learn.training else None), apply(self))[1])
+    fit(learn, 1, cbs=[SparsifyCallback(80, schedule=AT_ONCE, update_every=1)] + ([other()] if other else []))
+    assert calls.count(1) == calls.count(2) == passes
