@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['Sparsifier']
 
-# %% ../nbs/09_sparsifier.ipynb #b8b1a19c
+# %% ../nbs/09_sparsifier.ipynb #19344741
 import math
 from functools import reduce
 from typing import Callable, Iterator
@@ -16,14 +16,14 @@ from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
-from .mask import MaskHolder, Scores, bury, count, in_pieces
+from .mask import MaskHolder, Scores, bury, count, in_pieces, one_thread
 from .method import allocate, as_method, local
 from .select import find_targets, select_layers, tensor_id
 from .plan import Plan, SparsityWarning, check_request, tell_difference # noqa: F401 (the warning is part of what a user catches)
 from .dependants import find_followers, native_forward
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/09_sparsifier.ipynb #a1f05e57
+# %% ../nbs/09_sparsifier.ipynb #3542bd73
 class _Scores(Scores):
     "The group scores of some targets, computed when they are asked for"
     def __init__(self, sparsifier, targets):
@@ -108,7 +108,7 @@ class Sparsifier(MaskHolder):
         dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
         return 100*dead*t.groups.step/t.weight.numel()
 
-# %% ../nbs/09_sparsifier.ipynb #a993553b
+# %% ../nbs/09_sparsifier.ipynb #a5b32a12
 @patch
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
@@ -182,13 +182,14 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow: nothing returns to come nearer
     floor = 0 if getattr(self.granularity, 'name', None) == 'layer' else 1
     had = [round(plan.start[t.name]*t.groups.n/100) for t in targets]
-    lost = allocate(method, scores, n, step, wanted, had, plan.round_to, floor)
-    some = {i for i,(t,k) in enumerate(zip(targets, lost)) if 0 < k < t.groups.n}
-    for i in some: scores.find(i, lost[i]) # an error changes nothing
-    for i,(t,k) in enumerate(zip(targets, lost)): # one at a time, so that the old masks and the new ones never stand in memory together
-        mask = self._like(t, t.groups.expand(scores.keep(i, k)) if i in some else torch.tensor(k == 0))
-        if agree is not None: agree({t.name: mask})
-        self.masks[t.name] = mask
+    with one_thread():
+        lost = allocate(method, scores, n, step, wanted, had, plan.round_to, floor)
+        some = {i for i,(t,k) in enumerate(zip(targets, lost)) if 0 < k < t.groups.n}
+        for i in some: scores.find(i, lost[i]) # an error changes nothing
+        for i,(t,k) in enumerate(zip(targets, lost)): # one at a time, so that the old masks and the new ones never stand in memory together
+            mask = self._like(t, t.groups.expand(scores.keep(i, k)) if i in some else torch.tensor(k == 0))
+            if agree is not None: agree({t.name: mask})
+            self.masks[t.name] = mask
     if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})
     self.refresh()
     self.apply_masks()
@@ -196,7 +197,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity), bound=any(t.groups.n - k == floor for t,k in zip(targets, lost)))
     return 100*sum(got)/sum(sizes.values())
 
-# %% ../nbs/09_sparsifier.ipynb #4599e633
+# %% ../nbs/09_sparsifier.ipynb #6f9f7b78
 @patch
 def pairs(self:Sparsifier) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
@@ -227,7 +228,7 @@ def refresh(self:Sparsifier):
             as_it_was = self._aside[f.name][back]
             t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
-# %% ../nbs/09_sparsifier.ipynb #d0fe1798
+# %% ../nbs/09_sparsifier.ipynb #91a249a5
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
@@ -254,7 +255,7 @@ def print_sparsity(self:Sparsifier):
 def __repr__(self:Sparsifier):
     return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {getattr(self.method, '__name__', self.method).strip('_')}, {getattr(self.criteria, '__name__', self.criteria)}: {self.sparsity():.2f} % zero"
 
-# %% ../nbs/09_sparsifier.ipynb #ba578c0d
+# %% ../nbs/09_sparsifier.ipynb #7393dcbb
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"
