@@ -38,13 +38,13 @@ def comparisons(quick, gpu, memory, batches):
     all_ |= {f'other/{resnet}: {name}': select(f'limit fastsparse {peers}', model=resnet, **settings) for name,(peers,settings) in others.items()}
     all_[f'other/{vit_b}: 2:4'] = select('limit fastsparse ao', model=vit_b, granularity='2:4', method='local', percents=[50], kinds=['Linear'])
     large = 64 if quick else 224
-    all_['step/32x32'] = step('plain fastsparse beside hold fasterai', size=32, batches=batches)
+    all_['step/32x32'] = step('plain fastsparse beside hold touch fasterai', size=32, batches=batches)
     all_[f'step/{large}x{large}'] = step('plain fastsparse fasterai', size=large, batches=max(batches//4, 8))
     modules = ['torch','torch, fastsparse','fastai.vision.all','fastai.vision.all, fastsparse.callback','fastai.vision.all, fasterai.sparse.all']
     all_ |= {'import/torch': ('imports', {}, modules[:2]), 'import/fastai': ('imports', {}, modules[2:])}
     if gpu:
         all_[f'gpu selection/{vit}'] = select('copy fastsparse fasterai prune ao', model=vit, device='cuda')
-        all_['gpu step/224x224'] = step('plain fastsparse beside hold fasterai', size=224, batches=batches, half=True, device='cuda')
+        all_['gpu step/224x224'] = step('plain fastsparse beside hold touch fasterai', size=224, batches=batches, half=True, device='cuda')
     return all_
 
 def measure(case, settings):

@@ -5,8 +5,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 TOOLS = dict(limit='limit: one pass over the weights', copy='limit: copy the weights', fastsparse='fastsparse', fasterai='fasterai', prune='torch.nn.utils.prune', ao='torch.ao.pruning (layer by layer, Linear only)',
-             plain='no callback', hold='fastsparse, only holding 90 %', beside='fastsparse next to a foreign callback')
-COLORS = dict(limit='0.45', fastsparse='#0072b2', beside='#56b4e9', hold='#009e73', fasterai='#d55e00', prune='#cc79a7', ao='#e69f00')
+             plain='no callback', hold='fastsparse, only holding 90 %', touch='every weight times 1 after each step', beside='fastsparse next to a foreign callback')
+COLORS = dict(limit='0.45', fastsparse='#0072b2', beside='#56b4e9', hold='#009e73', touch='0.6', fasterai='#d55e00', prune='#cc79a7', ao='#e69f00')
 
 TEXTS = {
     'selection': ('Selection', """Prune once, by magnitude, all Conv2d and Linear weights of one model together, to 70 %: masks made and applied.
