@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 # %% auto #0
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback']
 
-# %% ../nbs/12_callback.ipynb #68ca8dab
+# %% ../nbs/12_callback.ipynb #b1e29df7
 import copy, dis, pickle, sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
 
-# %% ../nbs/12_callback.ipynb #d877cc71
+# %% ../nbs/12_callback.ipynb #f4b7301b
 _separable = ('SGD','Adam','AdamW','NAdam','RAdam','RMSprop','Adagrad','Adadelta','Adamax','ASGD','Rprop')
 
 def _elementwise(opt):
@@ -116,7 +116,7 @@ class HoldingCallback(Callback):
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
-# %% ../nbs/12_callback.ipynb #932204cc
+# %% ../nbs/12_callback.ipynb #16e2d254
 def _batches(learn):
     "The number of training batches that this epoch will have"
     cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
@@ -133,7 +133,7 @@ def _frozen_phase(learn):
         frame = frame.f_back
     return False
 
-# %% ../nbs/12_callback.ipynb #24267bc1
+# %% ../nbs/12_callback.ipynb #de6a9e4b
 class _Lost:
     "Stands, in a saved callback, for a setting that could not be saved"
     def _tell(self, *_, **__): raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); make a new SparsifyCallback")
@@ -157,7 +157,7 @@ class SparsifyCallback(HoldingCallback):
         schedule=agp, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
-        update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all; in shorter fits one in 8 batches, or 25 in all if that is more
+        update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all; in shorter fits one in 4 batches, or 25 in all if that is more
         layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense
         lth:bool=False, # Rewind the weights after each round (Frankle & Carbin 2019); needs a schedule with rounds
@@ -222,7 +222,7 @@ class SparsifyCallback(HoldingCallback):
         if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
         return self.sparsifier
 
-# %% ../nbs/12_callback.ipynb #f08e6731
+# %% ../nbs/12_callback.ipynb #cb282ec2
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
@@ -258,7 +258,7 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
 
-# %% ../nbs/12_callback.ipynb #a211362a
+# %% ../nbs/12_callback.ipynb #7850e7a9
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
@@ -275,7 +275,7 @@ def _add_column(self:SparsifyCallback):
     at = len(names) - bool(self.recorder.add_time)
     self.recorder.metric_names = L(names[:at] + [f'sparsity_{others+1}' if others else 'sparsity'] + names[at:])
 
-# %% ../nbs/12_callback.ipynb #4a75174f
+# %% ../nbs/12_callback.ipynb #a461597b
 def _agree(masks): # the first process decides: criteria may be random, or differ in the last bit
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
     for mask in masks.values():
@@ -290,7 +290,7 @@ def _position(self:SparsifyCallback): return (self._epoch + min((self.iter+1)/se
 def _due(self:SparsifyCallback): # a function of the position alone, so that a resumed run updates where an uninterrupted one does
     if self.schedule.rounds or self.schedule(self._position) == self.schedule(1.): return True
     moving = self.n_epoch*self._n_batches*(self.schedule.end_pct - self.schedule.start_pct) # batches
-    every = self.update_every or max(round(moving/100), min(round(moving/25), 8), 1)
+    every = self.update_every or max(round(moving/100), min(round(moving/25), 4), 1)
     return (self._epoch*self._n_batches + self.iter) % every == 0
 
 @patch
@@ -312,7 +312,7 @@ def before_batch(self:SparsifyCallback):
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
-# %% ../nbs/12_callback.ipynb #f45a96ab
+# %% ../nbs/12_callback.ipynb #4651d038
 @patch
 def after_validate(self:SparsifyCallback):
     if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
@@ -337,7 +337,7 @@ def after_fit(self:SparsifyCallback):
     HoldingCallback.after_fit(self)
     if not self.lock.locked(): self._snapshot = None
 
-# %% ../nbs/12_callback.ipynb #78c13c81
+# %% ../nbs/12_callback.ipynb #5507cd88
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)
