@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/mask.html.md"""
 # %% auto #0
 __all__ = ['PIECE', 'in_pieces', 'one_thread', 'count', 'Scores', 'keep_mask', 'apply_mask', 'bury', 'MaskHolder', 'ZeroHolder']
 
-# %% ../nbs/02_mask.ipynb #5faa55e2
+# %% ../nbs/02_mask.ipynb #f8489660
 import math
 from contextlib import contextmanager
 from functools import cache
@@ -16,13 +16,14 @@ from typing import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-# %% ../nbs/02_mask.ipynb #f9ca63e9
+# %% ../nbs/02_mask.ipynb #02655a98
 PIECE = {'cpu': 2**18} # numbers that fit into a cache
 def in_pieces(
     t:torch.Tensor, # Of any shape
+    every:int=1, # Leave out all but every so many-th number
 ) -> Sequence[torch.Tensor]: # One-dimensional, views where that is possible
     "Cut `t` into pieces, on a CPU small enough to stay in its cache"
-    return t.reshape(-1).split(PIECE.get(t.device.type, 2**25))
+    return t.reshape(-1)[::every].split(PIECE.get(t.device.type, 2**25))
 
 @contextmanager
 def one_thread():
@@ -46,7 +47,7 @@ def count(
     order = sorted(range(mask.dim()), key=mask.stride, reverse=True) # as they lie in memory
     return int(np.count_nonzero(mask.permute(order).numpy()))
 
-# %% ../nbs/02_mask.ipynb #de4be883
+# %% ../nbs/02_mask.ipynb #80bdff9f
 class Scores:
     "The group scores of several layers, gone through in pieces"
     def __init__(self,
@@ -68,7 +69,7 @@ class Scores:
         every:int=1, # Leave out all but every so many-th
     ) -> Iterator[torch.Tensor]: # One-dimensional
         "The scores of layer `i`, in order, a piece at a time"
-        return (p[::every].to(torch.promote_types(p.dtype, torch.float32)) for p in in_pieces(self[i].detach()))
+        return (p.to(torch.promote_types(p.dtype, torch.float32)) for p in in_pieces(self[i].detach(), every))
 
     def lowest(self,
         budget:float, # How many weights shall go
@@ -166,7 +167,9 @@ class Scores:
 
 def _crossing(inside, step, left): # the score at which the sum of weights, from the lowest score up, reaches `left`
     x = torch.cat(inside)
-    if len(set(step)) == 1: return x.kthvalue(min(max(math.ceil(left/step[0]), 1), len(x))).values.item()
+    if len(set(step)) == 1:
+        k = min(max(math.ceil(left/step[0]), 1), len(x)) - 1
+        return float(np.partition(x.numpy(), k)[k])
     order = x.argsort()
     at = torch.cat([torch.full((len(x),), s) for x,s in zip(inside, step)])[order].cumsum(0)
     return x[order[min(int((at < left).sum()), len(x)-1)]].item()
@@ -187,7 +190,7 @@ def keep_mask(
     "Keep all but the `k` lowest of each row; of equal scores the first go first"
     return Scores([scores.reshape(-1, scores.shape[-1])]).keep(0, k).view(scores.shape)
 
-# %% ../nbs/02_mask.ipynb #e310fc22
+# %% ../nbs/02_mask.ipynb #b33fb025
 _bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
@@ -200,7 +203,7 @@ def apply_mask(
 
 def _as_bits(t): return t.detach().view(_bits[t.element_size()])
 
-# %% ../nbs/02_mask.ipynb #1192e891
+# %% ../nbs/02_mask.ipynb #57b4b8fc
 @cache
 def _lowest(dtype): return int(torch.tensor(-math.inf, dtype=dtype).view(_bits[dtype.itemsize]))
 
@@ -211,7 +214,7 @@ def bury(
     "`scores`, and -inf wherever `alive` is False"
     return (scores.view(_bits[scores.element_size()])*alive).add_(~alive, alpha=_lowest(scores.dtype)).view(scores.dtype)
 
-# %% ../nbs/02_mask.ipynb #016d8215
+# %% ../nbs/02_mask.ipynb #cf7693f4
 class MaskHolder:
     "Keeps tensors, their gradients and their optimizer state zero where masks say so"
     def pairs(self) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:

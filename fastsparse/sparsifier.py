@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['Sparsifier']
 
-# %% ../nbs/09_sparsifier.ipynb #19344741
+# %% ../nbs/09_sparsifier.ipynb #eed9336f
 import math
 from functools import reduce
 from typing import Callable, Iterator
@@ -23,7 +23,7 @@ from .plan import Plan, SparsityWarning, check_request, tell_difference # noqa: 
 from .dependants import find_followers, native_forward
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/09_sparsifier.ipynb #3542bd73
+# %% ../nbs/09_sparsifier.ipynb #47eccddb
 class _Scores(Scores):
     "The group scores of some targets, computed when they are asked for"
     def __init__(self, sparsifier, targets):
@@ -47,8 +47,8 @@ class _Scores(Scores):
         t,s = self.layers[i],self.sparsifier
         if not (getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)): return super().pieces(i, every)
         given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
-        return (self._ranked(t, self._scored(t, w[::every], {e: g[::every] for e,g in zip(s._reads, gs)}), lambda: alive[::every])
-                for w,alive,*gs in zip(*map(in_pieces, (t.weight, s._on(s.masks, t.name, t.weight), *given))))
+        return (self._ranked(t, self._scored(t, w, dict(zip(s._reads, gs))), lambda: alive)
+                for w,alive,*gs in zip(*(in_pieces(x, every) for x in (t.weight, s._on(s.masks, t.name, t.weight), *given))))
 
     def lowest(self, budget, step=None, among=None):
         lost = super().lowest(budget, step, among)
@@ -108,7 +108,7 @@ class Sparsifier(MaskHolder):
         dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
         return 100*dead*t.groups.step/t.weight.numel()
 
-# %% ../nbs/09_sparsifier.ipynb #a5b32a12
+# %% ../nbs/09_sparsifier.ipynb #1e5f7bee
 @patch
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
@@ -197,7 +197,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity), bound=any(t.groups.n - k == floor for t,k in zip(targets, lost)))
     return 100*sum(got)/sum(sizes.values())
 
-# %% ../nbs/09_sparsifier.ipynb #6f9f7b78
+# %% ../nbs/09_sparsifier.ipynb #5fa7c2d6
 @patch
 def pairs(self:Sparsifier) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
@@ -228,7 +228,7 @@ def refresh(self:Sparsifier):
             as_it_was = self._aside[f.name][back]
             t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
-# %% ../nbs/09_sparsifier.ipynb #91a249a5
+# %% ../nbs/09_sparsifier.ipynb #db8fc452
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
@@ -255,7 +255,7 @@ def print_sparsity(self:Sparsifier):
 def __repr__(self:Sparsifier):
     return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {getattr(self.method, '__name__', self.method).strip('_')}, {getattr(self.criteria, '__name__', self.criteria)}: {self.sparsity():.2f} % zero"
 
-# %% ../nbs/09_sparsifier.ipynb #7393dcbb
+# %% ../nbs/09_sparsifier.ipynb #fb3e244a
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"
