@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 # %% auto #0
 __all__ = ['Sparsifier']
 
-# %% ../nbs/09_sparsifier.ipynb #eed9336f
+# %% ../nbs/09_sparsifier.ipynb #c6138ee3
 import math
 from functools import reduce
 from typing import Callable, Iterator
@@ -23,7 +23,7 @@ from .plan import Plan, SparsityWarning, check_request, tell_difference # noqa: 
 from .dependants import find_followers, native_forward
 from .report import SparsityReport, sparsity_report
 
-# %% ../nbs/09_sparsifier.ipynb #47eccddb
+# %% ../nbs/09_sparsifier.ipynb #daf5ea76
 class _Scores(Scores):
     "The group scores of some targets, computed when they are asked for"
     def __init__(self, sparsifier, targets):
@@ -66,7 +66,7 @@ class _Scores(Scores):
     def _ranked(self, t, scores, alive):
         criteria,low = self.sparsifier.criteria,float(scores.amin())
         if math.isnan(low): raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, or the criterion {getattr(criteria, '__name__', criteria)} made it; nothing was pruned")
-        if not self.bury or not self.sparsifier._gone[t.name]: return scores
+        if not self.sparsifier._gone[t.name] or (getattr(t.groups, 'single', False) and not self.bury): return scores # a reduction may put zeros anywhere
         if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         return bury(scores, alive()) # what is pruned stays below all that is not
 
@@ -108,7 +108,7 @@ class Sparsifier(MaskHolder):
         dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
         return 100*dead*t.groups.step/t.weight.numel()
 
-# %% ../nbs/09_sparsifier.ipynb #1e5f7bee
+# %% ../nbs/09_sparsifier.ipynb #6b648f5d
 @patch
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
@@ -197,7 +197,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity), bound=any(t.groups.n - k == floor for t,k in zip(targets, lost)))
     return 100*sum(got)/sum(sizes.values())
 
-# %% ../nbs/09_sparsifier.ipynb #5fa7c2d6
+# %% ../nbs/09_sparsifier.ipynb #c88fa2c9
 @patch
 def pairs(self:Sparsifier) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
@@ -228,7 +228,7 @@ def refresh(self:Sparsifier):
             as_it_was = self._aside[f.name][back]
             t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
-# %% ../nbs/09_sparsifier.ipynb #db8fc452
+# %% ../nbs/09_sparsifier.ipynb #4348cbad
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
@@ -255,7 +255,7 @@ def print_sparsity(self:Sparsifier):
 def __repr__(self:Sparsifier):
     return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {getattr(self.method, '__name__', self.method).strip('_')}, {getattr(self.criteria, '__name__', self.criteria)}: {self.sparsity():.2f} % zero"
 
-# %% ../nbs/09_sparsifier.ipynb #fb3e244a
+# %% ../nbs/09_sparsifier.ipynb #edf875b4
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"

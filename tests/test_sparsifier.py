@@ -994,3 +994,23 @@ def test_what_is_pruned_goes_before_what_became_zero_by_itself(criteria, method)
     for percent, kept in ((100/3, [1, 1, 1, 1, 0, 0]), (50, [0, 1, 1, 1, 0, 0])):
         s.prune_model(percent)
         assert bits(s.masks['weight'][0]) == kept
+
+
+def test_pruned_groups_stay_pruned_whatever_the_reduction_makes_of_zeros():
+    torch.manual_seed(0)
+    s = Sparsifier(nn.Conv2d(2, 8, 3), Granularity('filter', reduce=lambda x, dim: -x.mean(dim)))
+    before = s.masks['weight']
+    for percent in (25, 50, 75):
+        s.prune_model(percent)
+        assert not (s.masks['weight'] & ~before).any() and s.sparsity() == percent
+        before = s.masks['weight']
+
+
+def test_in_a_pattern_too_the_pruned_go_before_what_became_zero_by_itself():
+    layer = nn.Linear(4, 2, bias=False)
+    layer.weight.data[:] = torch.tensor([4., 3., 2., 1.])
+    s = Sparsifier(layer, '2:4')
+    s.prune_model(50)
+    layer.weight.data[0, 0] = 0
+    s.prune_model(50)
+    assert bits(s.masks['weight'][0]) == [1, 1, 0, 0]
