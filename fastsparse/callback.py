@@ -25,7 +25,7 @@ from .granularity import as_granularity
 from .criteria import as_criterion, large_final
 from .mask import MaskHolder, ZeroHolder
 from .method import as_method, global_, local
-from .schedule import agp, as_schedule
+from .schedule import as_schedule, taper
 from .select import check_selector
 from .plan import check_request, warn
 from .sparsifier import Sparsifier
@@ -154,7 +154,7 @@ class SparsifyCallback(HoldingCallback):
         granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
-        schedule=agp, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
+        schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
         update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all; in shorter fits one in 4 batches, or 25 in all if that is more

@@ -6,7 +6,7 @@ Docs: https://fastsparse.github.io/fastsparse/criteria.html.md"""
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'evidence_of', 'register_criterion', 'elementwise', 'available_criteria', 'as_criterion', 'random_score',
-           'large_final', 'squared_final', 'small_final', 'large_init', 'small_init', 'large_init_large_final',
+           'large_final', 'squared_final', 'small_final', 'lamp', 'large_init', 'small_init', 'large_init_large_final',
            'small_init_small_final', 'magnitude_increase', 'movement', 'movmag', 'updating_magnitude_increase',
            'updating_movement', 'updating_movmag']
 
@@ -101,6 +101,18 @@ def small_final(
     return -w.abs()
 
 large_final.lowest_at_zero = squared_final.lowest_at_zero = True # what is pruned comes last by itself
+
+# %% ../nbs/01_criteria.ipynb #24bd259f
+@register_criterion
+def lamp(
+    w:torch.Tensor, # The weight
+) -> torch.Tensor: # Scores, of the shape of the weight, from 0 to 1
+    "w² over the sum of all squares of the layer that are not smaller (the LAMP score of Lee et al. 2021, section 2)"
+    w = _wide(w)
+    largest = w.abs().amax().clamp(min=torch.finfo(w.dtype).tiny)
+    squares,order = (w/largest).square().reshape(-1).sort(stable=True)
+    rest = squares.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(squares).scatter_(0, order, torch.where(rest > 0, squares/rest, 0.)).view(w.shape)
 
 # %% ../nbs/01_criteria.ipynb #5f8afb02
 @register_criterion

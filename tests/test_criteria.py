@@ -36,8 +36,8 @@ def test_what_the_others_read():
     assert evidence_of(C.large_final) == evidence_of(C.squared_final) == evidence_of(C.small_final) == () and evidence_of(C.random_score) == ('generator',)
 
 
-def test_the_names_are_those_of_the_formulas_and_random_score():
-    assert set(available_criteria()) == {*FORMULAS, 'random_score'}
+def test_the_names_are_those_of_the_formulas_random_score_and_lamp():
+    assert set(available_criteria()) == {*FORMULAS, 'random_score', 'lamp'}
     assert all(as_criterion(n) is getattr(C, n) for n in available_criteria())
 
 
@@ -59,6 +59,32 @@ def test_products_of_small_16_bit_weights_do_not_vanish(name):
 def test_squares_of_large_16_bit_weights_do_not_overflow():
     s = C.squared_final(torch.tensor([300., 600.], dtype=torch.float16))
     assert s[0] < s[1] < torch.inf
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_lamp_divides_each_square_by_those_that_are_not_smaller(dtype):
+    w = torch.tensor([[-3., 1, -1], [2, 0, 0]], dtype=dtype)
+    assert torch.allclose(C.lamp(w).double(), torch.tensor([[1, 1/15, 1/14], [4/13, 0, 0]], dtype=torch.double), rtol=1e-6)
+    assert rows(w) == [[-3, 1, -1], [2, 0, 0]] and evidence_of(C.lamp) == ()
+    assert not C.lamp(torch.zeros(2, 3, dtype=dtype)).any()
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-3, 1., 1e30])
+def test_lamp_does_not_depend_on_the_scale_of_a_layer(scale):
+    w = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(C.lamp(w*scale), C.lamp(w), rtol=1e-4)
+
+
+@pytest.mark.parametrize('percent', [50, 90, 99])
+def test_lamp_prunes_by_magnitude_within_a_layer_and_alike_where_layers_differ_in_scale_only(percent):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50, bias=False), nn.Linear(50, 40, bias=False))
+    with torch.no_grad(): model[1].weight.copy_(model[0].weight.T*100)
+    magnitudes = model[0].weight.detach().abs().clone()
+    Sparsifier(model, criteria='lamp').prune_model(percent)
+    kept = model[0].weight != 0
+    assert torch.equal(model[1].weight != 0, kept.T) and kept.sum() == round(20*(100-percent))
+    assert magnitudes[kept].min() >= magnitudes[~kept].max()
 
 
 # what a Sparsifier keeps for them

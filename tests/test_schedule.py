@@ -5,9 +5,9 @@ import pickle
 import pytest
 
 from fastsparse import schedule as S
-from fastsparse.schedule import Schedule, Steps, agp, as_schedule, available_schedules, cos, dsd, iterative, lin, one_cycle, one_shot
+from fastsparse.schedule import Schedule, Steps, agp, as_schedule, available_schedules, cos, dsd, iterative, lin, one_cycle, one_shot, taper
 
-ALL = dict(one_shot=one_shot, iterative=iterative, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd)
+ALL = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd)
 RISING = [n for n in ALL if n != 'dsd']
 GRID = [i/997 for i in range(998)]
 
@@ -38,12 +38,12 @@ def test_never_falls_and_stays_within_0_and_1(name, start, end):
 
 
 def test_the_gradual_ones_end_before_training_does():
-    for name in ('agp', 'one_cycle', 'cos', 'lin'): assert ALL[name](.75) == 1 and ALL[name](.25) < 1
+    for name in ('taper', 'agp', 'one_cycle', 'cos', 'lin'): assert ALL[name](.75) == 1 and ALL[name](.25) < 1
     assert one_shot(.75) == iterative(.95) == 1
 
 
 @pytest.mark.parametrize('func,p,expected', [
-    (S._lin, .3, .3), (S._cos, .5, .5), (S._cos, 1/3, .25), (S._agp, .5, .875), (S._agp, .1, .271),
+    (S._lin, .3, .3), (S._cos, .5, .5), (S._cos, 1/3, .25), (S._agp, .5, .875), (S._agp, .1, .271), (S._taper, .5, 63/64), (S._taper, .1, 1-.9**6),
     (S._dsd, .25, .5), (S._dsd, .5, 1), (S._dsd, .75, .5)])
 def test_formula(func, p, expected): assert func(p) == pytest.approx(expected, abs=1e-12)
 
@@ -98,7 +98,7 @@ def test_a_value_that_can_be_compared_pickled_copied_printed_and_not_changed(nam
 
 
 def test_they_all_differ():
-    assert len(set(ALL.values())) == 7 and Schedule(Steps(3)) == Schedule(Steps(3)) != Schedule(Steps(4))
+    assert len(set(ALL.values())) == len(ALL) and Schedule(Steps(3)) == Schedule(Steps(3)) != Schedule(Steps(4))
 
 
 def test_a_function_of_ones_own():

@@ -1,69 +1,54 @@
-"Accuracy against sparsity, beside fasterai: `python benchmarks/accuracy FOLDER`"
-import json, platform, time, warnings
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+"""Accuracy against sparsity, beside fasterai; runs are kept in `benchmarks/results/accuracy`, with a table and a plot of them.
+
+    python benchmarks/accuracy FOLDER
+
+goes on where it stopped. Without FOLDER it does the part that needs no data but scikit-learn's digits.
+"""
+import json, os, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.util import find_spec
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-import torch
 from fastcore.script import call_parse
-from torch import nn
-import fastai.callback.schedule # noqa: F401 (adds fit_one_cycle to Learner)
-from arms import ARMS
-from summary import write_summary
-from task import load_images, make_learner
+from arms import ARMS, TRIED
+from fits import PERCENTS, TASKS, fit, images_in
+from summary import KEY, read_runs, write_summary
 
 HERE = Path(__file__).parent
-PERCENTS,EPOCHS,LR = (80, 90, 95, 98),2,.05
 
-def plan(seeds):
-    "All runs of the table, one seed after the other, so that a first table is there early"
-    return [(seed, arm, percent) for seed in range(seeds) for arm,percent in [('dense', 0), *product([a for a in ARMS if a != 'dense'], PERCENTS)]]
+def plan(tasks):
+    "All runs as (task, training, seed, arm, percent): one seed after the other, so that a first table is there early; what was tried comes last"
+    def runs(task, arms, seeds):
+        pairs = [p for a in arms for p in ([(a, 0)] if a == 'dense' else product([a], PERCENTS))]
+        return [(task, fit, seed, *pair) for seed,fit,pair in product(range(seeds), TASKS[task].trainings, pairs)]
+    return [r for arms,seeds in ((ARMS, 'seeds'), (TRIED, 'seeds_tried')) for t in tasks for r in runs(t, arms, getattr(TASKS[t], seeds))]
 
-def zeros(model):
-    "Percent of zeros among the weights of all convolutions and Linears"
-    ws = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return 100*sum(int((w == 0).sum()) for w in ws)/sum(w.numel() for w in ws)
-
-def fit(images, weights, seed, arm, percent, n_train, epochs):
-    "One fit of the task, and everything that is known about it"
-    learn = make_learner(images, weights, seed, n_train)
-    callbacks,settings = ARMS[arm](percent)
-    began = time.process_time()
-    with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, LR, cbs=callbacks)
-    seconds = time.process_time() - began
-    return dict(arm=arm, percent=percent, seed=seed, accuracy=100*learn.recorder.values[-1][2], zeros=zeros(learn.model), seconds=seconds, settings=settings,
-                task=dict(n_train=n_train, epochs=epochs, lr=LR), date=str(date.today()), threads=torch.get_num_threads(), python=platform.python_version(),
-                versions={p: version(p) for p in ('fastsparse','fasterai','fastai','torch')})
-
-@call_parse
+@call_parse(pos=['folder'])
 def main(
-    data:str, # Folder with cifar10-jpg.tgz, or with cifar10/train and cifar10/test, and resnet20-cifar10.pt
+    folder:str='', # With cifar10-jpg.tgz, or with cifar10/train and cifar10/test, and resnet20-cifar10.pt; none: digits only
     out:str=str(HERE.parent/'results'/'accuracy'), # Where runs are kept
-    seeds:int=3, # Seeds of each arm
-    only:str='', # Run only what has this in its name, as in "95_fastsparse"
-    n_train:int=25_000, # Training images
-    epochs:int=EPOCHS, # Epochs
+    jobs:int=min(os.cpu_count(), 8), # Fits at the same time, of one thread and about 1.5 GB each
+    only:str='', # Run only what has this in its name, as in "cifar10 one_cycle 0 fastsparse 95"
     summarise:bool=False, # Only write table and plot of what is there
 ):
     "Fit whatever is not there yet, then write the table and the plot"
-    warnings.filterwarnings('ignore')
-    data,out = Path(data).expanduser(),Path(out)
-    runs = {out/'runs'/f'''{seed}_{percent}_{arm.replace(' ', '_')}.json''': (seed, arm, percent) for seed,arm,percent in plan(seeds)}
-    todo = [] if summarise else [f for f in runs if only in f.stem and not f.exists()]
-    if todo:
-        images = next((p for p in (data/'cifar10-jpg.tgz', data/'cifar10', data) if p.exists()), None)
-        if images is None or not (data/'resnet20-cifar10.pt').exists():
-            raise SystemExit(f'{data} has to hold cifar10-jpg.tgz (or the folders cifar10/train/<class> and cifar10/test/<class> of JPEGs, as untar_data(URLs.CIFAR) gives) '
-                             'and resnet20-cifar10.pt, the state_dict of a ResNet-20 pretrained on CIFAR-10')
-        try: version('fasterai')
-        except PackageNotFoundError: raise SystemExit('fasterai is what we compare with: pip install -e ".[bench]"') from None
-        images,weights = load_images(images),torch.load(data/'resnet20-cifar10.pt')
-        (out/'runs').mkdir(parents=True, exist_ok=True)
-    for i,file in enumerate(todo):
-        if file.exists(): continue # another process was faster
-        seed,arm,percent = runs[file]
-        print(f'{i+1}/{len(todo)} seed {seed}, {arm}{f", {percent} %" if percent else ""}: ', end='', flush=True)
-        run = fit(images, weights, seed, arm, percent, n_train, epochs)
-        file.write_text(json.dumps(run, indent=1) + '\n')
-        print(f'{run["accuracy"]:.2f} % right, {run["zeros"]:.2f} % zero, {run["seconds"]:.0f} s', flush=True)
+    out,folder = Path(out),Path(folder).expanduser() if folder else None
+    file = out/'runs.jsonl'
+    if folder and (images_in(folder) is None or not (folder/'resnet20-cifar10.pt').exists()):
+        raise SystemExit(f'{folder} has to hold cifar10-jpg.tgz (or the folders cifar10/train/<class> and cifar10/test/<class> of JPEGs, as untar_data(URLs.CIFAR) gives) '
+                         'and resnet20-cifar10.pt, the state_dict of a ResNet-20 pretrained on CIFAR-10')
+    if not find_spec('fasterai'): raise SystemExit('fasterai is what we compare with: pip install -e ".[bench]"')
+    done = {tuple(r[k] for k in KEY) for r in read_runs(file)}
+    todo = [] if summarise else [r for r in plan(list(TASKS) if folder else ['digits']) if r not in done and only in ' '.join(map(str, r))]
+    if todo: out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    os.environ |= dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2**33), MALLOC_TOP_PAD_=str(2**28)) # of the fits: memory is kept, and not given back and asked for in each batch
+    with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
+        futures = {pool.submit(fit, run, folder): run for run in todo}
+        for i,future in enumerate(as_completed(futures), 1):
+            r = future.result()
+            with file.open('a') as f: f.write(json.dumps(r) + '\n')
+            print(f'''{i}/{len(todo)}  {' '.join(str(r[k]) for k in KEY)}: {r["accuracy"]:.2f} % right, {r["zeros"]:.2f} % zero, {r["seconds"]:.0f} s  '''
+                  f'(about {(time.time()-start)/i*(len(todo)-i)/60:.0f} minutes remain)', flush=True)
     print(write_summary(out))

@@ -1,9 +1,11 @@
-"What is compared: for each name, a function from percent to the callbacks of a fit and a description of their settings"
+"What is compared: for each name, a function from percent and task to the callbacks of a fit and a description of their settings"
 from contextlib import redirect_stdout
 from io import StringIO
+from torch import nn
 from fastsparse.callback import SparsifyCallback
+from fastsparse.schedule import Schedule, agp
 
-def _fasterai(percent, start=.2, end=1.): # its own agp goes from 0.2 to 1
+def _fasterai(percent, task, start=.2, end=1.): # its own agp goes from 0.2 to 1
     from fasterai.core.criteria import large_final
     from fasterai.core.schedule import Schedule, sched_agp
     from fasterai.sparse.sparsify_callback import SparsifyCallback as Peer
@@ -11,15 +13,29 @@ def _fasterai(percent, start=.2, end=1.): # its own agp goes from 0.2 to 1
         def __call__(self, event_name):
             with redirect_stdout(StringIO()): return super().__call__(event_name)
     schedule = Schedule(sched_agp, start_pct=start, end_pct=end)
-    return [Quiet(percent/100, 'weight', 'global', large_final, schedule)],f"SparsifyCallback({percent/100}, 'weight', 'global', large_final, Schedule(sched_agp, {start}, {end}))"
+    args,shown = [percent/100, 'weight', 'global', large_final, schedule],f"{percent/100}, 'weight', 'global', large_final, Schedule(sched_agp, {start}, {end})"
+    if task == 'cifar10': return [Quiet(*args)],f"SparsifyCallback({shown})"
+    return [Quiet(*args, layer_type=(nn.Conv2d, nn.Linear))],f"SparsifyCallback({shown}, layer_type=(Conv2d, Linear))" # by default it leaves Linears dense, which are nothing there but a lot here
 
-def _ours(percent):
-    cb = SparsifyCallback(percent)
-    return [cb],f'SparsifyCallback({percent}): {cb.schedule}'
+def _ours(percent, task=None, **settings):
+    cb = SparsifyCallback(percent, **settings)
+    shown = ''.join(f', {k}={getattr(v, "__name__", v)}' for k,v in settings.items() if k != 'schedule')
+    return [cb],f'SparsifyCallback({percent}{shown}): {cb.schedule}'
+
+def _ends(name, layer): return name in ('conv1','0') or isinstance(layer, nn.Linear) # of both networks
 
 ARMS = {
-    'dense': lambda percent: ([], 'no callback'),
+    'dense': lambda percent, task: ([], 'no callback'),
     'fastsparse': _ours,
     'fasterai': _fasterai,
-    'fasterai tuned': lambda percent: _fasterai(percent, 0., .5),
+    'fasterai tuned': lambda percent, task: _fasterai(percent, task, 0., .5),
+}
+
+TRIED = { # in place of the defaults, one at a time
+    'agp until 0.5': lambda percent, task: _ours(percent, schedule=Schedule(agp.func, 0., .5)),
+    'agp until 0.75': lambda percent, task: _ours(percent, schedule=Schedule(agp.func, 0., .75)),
+    'in every batch': lambda percent, task: _ours(percent, update_every=1),
+    'lamp': lambda percent, task: _ours(percent, criteria='lamp'),
+    'uniform': lambda percent, task: _ours(percent, method='local'),
+    'first and last layer dense': lambda percent, task: _ours(percent, exclude=_ends),
 }
