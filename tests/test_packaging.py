@@ -54,6 +54,21 @@ def test_every_notebook_is_in_the_sidebar_of_the_docs():
     assert sorted(listed) == sorted(p.name for p in (root/'nbs').glob('*.ipynb'))
 
 
+def measured(text):
+    "The rows of the tables under the headings that begin with 'What it costs'"
+    parts = re.split(r'^## ', text, flags=re.M)
+    return [row for p in parts if p.startswith('What it costs') for row in p.splitlines() if row.startswith('|')]
+
+def test_what_the_readme_says_of_speed_and_accuracy_was_measured_by_the_benchmarks():
+    results = {row for f in (root/'benchmarks/results').glob('*/README.md') for row in f.read_text(encoding='utf-8').splitlines()}
+    rows = measured((root/'README.md').read_text(encoding='utf-8'))
+    assert len(rows) >= 10 and [row for row in rows if row not in results] == []
+
+
+def test_a_row_that_was_not_measured_is_seen():
+    assert measured('# x\n\n## What it costs in speed\n\n| fastsparse | 1 s |\n\n## More\n\n| a | b |\n') == ['| fastsparse | 1 s |']
+
+
 # Folders of the machine that it was written on; the lookbehind leaves the paths of web addresses alone
 machine_path = re.compile(r'(?<![\w.~-])/(work|root|tmp|home|Users)/')
 

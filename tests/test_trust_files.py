@@ -91,7 +91,7 @@ def test_the_best_model_kept_is_fully_sparse(monitor, with_opt, tmp_path):
 
 
 def test_the_best_of_those_that_are_fully_sparse_is_kept(tmp_path):
-    learn, cb, states = learner(path=tmp_path), SparsifyCallback(80), []
+    learn, cb, states = learner(path=tmp_path), SparsifyCallback(80, schedule='agp'), []
     values = iter([1., .1, 5., 3., 4., 6.])
     worse = On(after_validate=lambda learn: learn.recorder.log.__setitem__(2, next(values)), order=50.5)
     fit(learn, 6, cbs=[cb, worse, SaveModelCallback(), On(after_epoch=lambda learn: states.append(state_of(learn.model)), order=100)])
@@ -118,7 +118,7 @@ def test_saving_works_in_fine_tune_and_with_an_attached_callback(tmp_path):
 
 
 def test_early_stopping_starts_afresh_at_the_target():
-    learn, cb = learner(), SparsifyCallback(80)
+    learn, cb = learner(), SparsifyCallback(80, schedule='agp')
     values = iter([1., 2., 3., 4., 5., 6.]) # ever worse
     worse = On(after_validate=lambda learn: learn.recorder.log.__setitem__(2, next(values)), order=50.5)
     fit(learn, 6, cbs=[cb, worse, EarlyStoppingCallback(patience=3)])
@@ -134,7 +134,7 @@ def test_early_stopping_before_the_target_says_so():
 
 
 def test_a_plateau_is_counted_afresh_at_the_target():
-    learn, cb, rates = learner(), SparsifyCallback(80), []
+    learn, cb, rates = learner(), SparsifyCallback(80, schedule='agp'), []
     values = iter([1., 2., 3., 4., 5., 6.])
     worse = On(after_validate=lambda learn: learn.recorder.log.__setitem__(2, next(values)), order=50.5)
     fit(learn, 6, cbs=[cb, worse, ReduceLROnPlateau(patience=3), On(after_epoch=lambda learn: rates.append(learn.opt.hypers[-1]['lr']), order=100)])

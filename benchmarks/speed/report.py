@@ -14,7 +14,7 @@ The limit is one pass `w.mul_(w.abs() > t)`, warmed up. torch.ao.pruning cannot 
     'growth': ('Growth', 'The same of a stack of 1024×1024 Linears. A billion weights are left out where less than 16 GB of memory are free.'),
     'other': ('Other selections', """To 70 % (2:4: to 50 %), unless it says otherwise; each against a limit in its own dtype. With filters, kernels and 2:4 of a ResNet only the Conv2d are pruned.
 fasterai budgets filters where fastsparse budgets weights, so they do not end at the same sparsity."""),
-    'step': ('Training', """A ResNet-18 on random images in batches of 32, one epoch of `fit_one_cycle` with fastai's Adam; to 90 %, global, agp, everything else as each tool has it by default.
+    'step': ('Training', """A ResNet-18 on random images in batches of 32, one epoch of `fit_one_cycle` with fastai's Adam; to 90 %, global, fasterai with its agp, everything else as each tool has it by default.
 *Loop* is the whole training loop. *In the callback* is the time in all events of the callback, before and after the fit included; it is exact where the difference of two loops is lost in their spread.
 An epoch this short has far more updates of the masks per batch than real training, where fastsparse makes about 100 in all; *only holding* is what remains between them.
 A foreign callback is one that fastsparse knows nothing about, and so has to guard against."""),
@@ -70,6 +70,16 @@ def table(runs):
     if row is import_row: rows = [{k: v for k,v in r.items() if k} for r in rows]
     return markdown(rows)
 
+def in_long_fits(runs, batches=5000, updates=100):
+    "What the medians of `runs` mean for a fit of as many batches"
+    median = runs.groupby(['arm','comparison']).median(numeric_only=True)
+    if not {'plain','hold','fastsparse'} <= set(runs.arm): return ''
+    hold,lines = median.loc['hold'].inside.median(),[]
+    for name,row in median.loc['fastsparse'].iterrows():
+        each,plain = hold + updates*row['update']/batches,median.loc[('plain', name)].loop
+        lines.append(f"{1000*each:.3g} ms, {100*each/plain:.2g} % of a plain batch, at {name.split('/')[1]}")
+    return f"Computed from these medians: with {updates} updates in {batches:,} such batches, holding included, the callback takes {' and '.join(lines)}."
+
 def plot(runs, file):
     "Selection against size, and the time in the callbacks"
     fig,(left,right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1, 1.1), layout='constrained')
@@ -118,7 +128,7 @@ Ratios are taken within a repeat. Everything is loaded and warmed up on a small 
     if runs.env.str.contains('no fasterai').any(): parts.append("fasterai was not installed; `pip install -e '.[bench]'` adds it.")
     for section,(title,text) in TEXTS.items():
         rows = runs[runs.section == section]
-        if len(rows): parts += [f'## {title}', text, table(rows)]
+        if len(rows): parts += [f'## {title}', text, table(rows)] + ([in_long_fits(rows)] if section == 'step' else [])
         elif section == 'gpu selection': parts += ['## GPU', 'No GPU here.']
     (out/'README.md').write_text('\n\n'.join(parts) + '\n')
     plot(runs, out/'speed.png')
