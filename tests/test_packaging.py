@@ -55,9 +55,9 @@ def test_every_notebook_is_in_the_sidebar_of_the_docs():
 
 
 def measured(text):
-    "The rows of the tables under the headings that begin with 'What it costs'"
+    "The rows of the tables, and the quotations, under the headings that begin with 'What it costs'"
     parts = re.split(r'^## ', text, flags=re.M)
-    return [row for p in parts if p.startswith('What it costs') for row in p.splitlines() if row.startswith('|')]
+    return [row.removeprefix('> ') for p in parts if p.startswith('What it costs') for row in p.splitlines() if row.startswith(('|','> '))]
 
 def test_what_the_readme_says_of_speed_and_accuracy_was_measured_by_the_benchmarks():
     results = {row for f in (root/'benchmarks/results').glob('*/README.md') for row in f.read_text(encoding='utf-8').splitlines()}
@@ -66,7 +66,7 @@ def test_what_the_readme_says_of_speed_and_accuracy_was_measured_by_the_benchmar
 
 
 def test_a_row_that_was_not_measured_is_seen():
-    assert measured('# x\n\n## What it costs in speed\n\n| fastsparse | 1 s |\n\n## More\n\n| a | b |\n') == ['| fastsparse | 1 s |']
+    assert measured('# x\n\n## What it costs in speed\n\n| fastsparse | 1 s |\n\n> It takes 1 s.\n\n## More\n\n| a | b |\n') == ['| fastsparse | 1 s |','It takes 1 s.']
 
 
 # Folders of the machine that it was written on; the lookbehind leaves the paths of web addresses alone

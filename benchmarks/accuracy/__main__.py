@@ -5,6 +5,7 @@
 goes on where it stopped. Without FOLDER it does the part that needs no data but scikit-learn's digits.
 """
 import json, os, time
+os.environ['MPLBACKEND'] = 'agg' # pictures go to files
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.util import find_spec
 from itertools import product

@@ -1,8 +1,6 @@
 "Table and plot of all runs that are there"
 import json
 from pathlib import Path
-import matplotlib
-matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import pandas as pd
 from arms import TRIED
@@ -80,7 +78,7 @@ Percent right of the test images, mean ± standard deviation over the seeds. *fa
 
 ![](accuracy.png)"""]
     for title,r in parts(runs): text.append(f'## {title}\n\nDense: {_dense(r)}.\n\n{compared(r)}')
-    text.append('## What else was tried\n\nIn place of the defaults of fastsparse, one at a time.')
+    text.append('## What else was tried\n\nIn place of the defaults of fastsparse, one at a time. With first and last layer dense, the percentage is that of the other layers, so more is left.')
     for title,r in parts(runs):
         if set(TRIED) & set(r.arm): text.append(f"### {title}\n\n{table(r, ['fastsparse', *TRIED], 'fastsparse')}")
     zeros = runs[runs.arm.isin(COLOURS)].groupby(['task','arm','percent']).agg(low=('zeros','min'), high=('zeros','max'), settings=('settings','last'))
