@@ -4,7 +4,7 @@ from .criteria import *
 from .method import available_methods
 from .schedule import *
 from .report import SparsityReport, sparsity_report
-from .plan import SparsityWarning
+from .plan import SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
 from .callback import KeepSparsityCallback, SparsifyCallback

@@ -3,6 +3,7 @@ import torch
 
 from core_helpers import bits, linear, rows
 from fastsparse.method import allocate, as_method, available_methods, global_, local
+from fastsparse.plan import erk
 from fastsparse.sparsifier import Sparsifier
 from torch import nn
 
@@ -167,3 +168,37 @@ def test_names():
 @pytest.mark.parametrize('bad', ['abc', 'Global', None, 3, dict])
 def test_an_unknown_method_is_refused_with_the_names(bad):
     with pytest.raises(ValueError, match="is unknown; choose one of 'local', 'global', or pass a function"): as_method(bad)
+
+
+# shares by shape
+
+def _shares(net, percent, **selectors):
+    shares, sizes = erk(net, percent, **selectors), {n: m.weight.numel() for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return shares, sum(shares[n]*sizes[n] for n in shares)/sum(sizes[n] for n in shares)
+
+
+def test_erk_is_the_rule_of_evci():
+    "Two layers, both below 1: what they keep is as (64+64)/(64*64) to (64+32+3+3)/(64*32*9)"
+    net = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(64, 32, 3))
+    shares, total = _shares(net, 90)
+    assert total == pytest.approx(90)
+    assert (100-shares['0'])/(100-shares['1']) == pytest.approx((128/4096)/(102/18432))
+
+
+@pytest.mark.parametrize('percent', [1, 30, 50, 80, 90, 98, 99.9, 100])
+def test_erk_keeps_the_sum_and_leaves_dense_what_would_keep_more_than_all(percent):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 10))
+    shares, total = _shares(net, percent)
+    assert total == pytest.approx(percent) and all(p == 0 or 1 <= p <= 100 for p in shares.values())
+    assert shares['0'] <= shares['1'] <= shares['2']
+    s = Sparsifier(net, method='local')
+    s.prune_model(shares)
+    assert s.sparsity() == pytest.approx(percent, abs=.1) or percent > 99.5
+
+
+def test_erk_of_some_layers_of_none_and_of_bad_requests():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 64, 3), nn.Linear(64, 10))
+    assert set(erk(net, 50, layers=nn.Conv2d)) == {'0', '1'} and set(erk(net, 50, exclude='0')) == {'1', '2'}
+    assert set(erk(net, 0).values()) == {0}
+    with pytest.raises(ValueError, match='did you mean 90'): erk(net, .9)
+    with pytest.raises(ValueError, match='one percentage for all'): erk(net, {'0': 50})

@@ -1,11 +1,12 @@
-"What is compared: for each name, a function from percent and task to the callbacks of a fit and a description of their settings"
+"What is compared: for each name, a function from percent, task and model to the callbacks of a fit and a description of their settings"
 from contextlib import redirect_stdout
 from io import StringIO
 from torch import nn
 from fastsparse.callback import SparsifyCallback
+from fastsparse.plan import erk
 from fastsparse.schedule import Schedule, agp
 
-def _fasterai(percent, task, start=.2, end=1.): # its own agp goes from 0.2 to 1
+def _fasterai(percent, task, model=None, start=.2, end=1.): # its own agp goes from 0.2 to 1
     from fasterai.core.criteria import large_final
     from fasterai.core.schedule import Schedule, sched_agp
     from fasterai.sparse.sparsify_callback import SparsifyCallback as Peer
@@ -17,25 +18,26 @@ def _fasterai(percent, task, start=.2, end=1.): # its own agp goes from 0.2 to 1
     if task == 'cifar10': return [Quiet(*args)],f"SparsifyCallback({shown})"
     return [Quiet(*args, layer_type=(nn.Conv2d, nn.Linear))],f"SparsifyCallback({shown}, layer_type=(Conv2d, Linear))" # by default it leaves Linears dense, which are nothing there but a lot here
 
-def _ours(percent, task=None, **settings):
+def _ours(percent, task=None, model=None, shown=None, **settings):
     cb = SparsifyCallback(percent, **settings)
-    shown = ''.join(f', {k}={getattr(v, "__name__", v)}' for k,v in settings.items() if k != 'schedule')
-    return [cb],f'SparsifyCallback({percent}{shown}): {cb.schedule}'
+    what = ''.join(f', {k}={getattr(v, "__name__", v)}' for k,v in settings.items() if k != 'schedule')
+    return [cb],f'SparsifyCallback({shown or percent}{what}): {cb.schedule}'
 
 def _ends(name, layer): return name in ('conv1','0') or isinstance(layer, nn.Linear) # of both networks
 
 ARMS = {
-    'dense': lambda percent, task: ([], 'no callback'),
+    'dense': lambda percent, task, model: ([], 'no callback'),
     'fastsparse': _ours,
     'fasterai': _fasterai,
-    'fasterai tuned': lambda percent, task: _fasterai(percent, task, 0., .5),
+    'fasterai tuned': lambda percent, task, model: _fasterai(percent, task, start=0., end=.5),
 }
 
 TRIED = { # in place of the defaults, one at a time
-    'agp until 0.5': lambda percent, task: _ours(percent, schedule=Schedule(agp.func, 0., .5)),
-    'agp until 0.75': lambda percent, task: _ours(percent, schedule=Schedule(agp.func, 0., .75)),
-    'in every batch': lambda percent, task: _ours(percent, update_every=1),
-    'lamp': lambda percent, task: _ours(percent, criteria='lamp'),
-    'uniform': lambda percent, task: _ours(percent, method='local'),
-    'first and last layer dense': lambda percent, task: _ours(percent, exclude=_ends),
+    'agp until 0.5': lambda percent, task, model: _ours(percent, schedule=Schedule(agp.func, 0., .5)),
+    'agp until 0.75': lambda percent, task, model: _ours(percent, schedule=Schedule(agp.func, 0., .75)),
+    'in every batch': lambda percent, task, model: _ours(percent, update_every=1),
+    'lamp': lambda percent, task, model: _ours(percent, criteria='lamp'),
+    'erk': lambda percent, task, model: _ours(erk(model, percent), method='local', shown=f'erk(model, {percent})'),
+    'uniform': lambda percent, task, model: _ours(percent, method='local'),
+    'first and last layer dense': lambda percent, task, model: _ours(percent, exclude=_ends),
 }

@@ -42,7 +42,7 @@ def fit(run, folder):
     task,training,seed,arm,percent = run
     torch.set_num_threads(1)
     learn = digits_learner(seed) if task == 'digits' else make_learner(*_data(folder), seed)
-    callbacks,settings = {**ARMS, **TRIED}[arm](percent, task)
+    callbacks,settings = {**ARMS, **TRIED}[arm](percent, task, learn.model)
     began = time.process_time()
     with learn.no_bar(),learn.no_logging(): getattr(learn, f'fit_{training}')(TASKS[task].epochs, TASKS[task].lr, cbs=callbacks)
     seconds = time.process_time() - began
