@@ -26,8 +26,8 @@ from .criteria import as_criterion, large_final
 from .mask import MaskHolder, ZeroHolder
 from .method import as_method, global_, local
 from .schedule import as_schedule, taper
-from .select import check_selector
-from .plan import check_request, warn
+from .select import by_reason, check_selector
+from .plan import check_options, check_request, hint_percent, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
@@ -149,6 +149,7 @@ class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot','_resumed')
 
+    @check_options
     def __init__(self,
         sparsity:float|dict, # Percent of the targets' weights that shall be zero, from 0 to 100; with 'local' a dict {layer selector: percent}
         granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
@@ -166,7 +167,7 @@ class SparsifyCallback(HoldingCallback):
         save_tickets:bool|str|Path=False, # Save the ticket of each round: True for `learn.path/learn.model_dir/tickets`, or a folder
     ):
         granularity,method,criteria,schedule = as_granularity(granularity),as_method(method),as_criterion(criteria),as_schedule(schedule)
-        check_request(sparsity, granularity, method, round_to)
+        check_request(hint_percent(sparsity), granularity, method, round_to)
         for what,selector in (('layers',layers), ('exclude',exclude)):
             if selector is not None: check_selector(selector, what)
         if update_every is not None and (type(update_every) is not int or update_every < 1): raise ValueError(f"update_every={update_every!r} has to be a whole number of batches, at least 1; or None for about 100 updates in all")
@@ -180,7 +181,7 @@ class SparsifyCallback(HoldingCallback):
         if rewind_epoch and not (lth or reset_end): raise ValueError(f"rewind_epoch={rewind_epoch} says where to rewind to, but nothing rewinds; add lth=True or reset_end=True")
         if save_tickets and not lth: raise ValueError("save_tickets saves the ticket of each lottery round, but there are none; add lth=True")
         store_attr()
-        self.history = [] # (position, percent) at each update of the masks
+        self.history,self._said = [],set() # (position, percent) at each update of the masks; warnings
         self._init_state()
 
     def _init_state(self): # also after unpickling: what is in `_stateattrs` does not travel
@@ -230,11 +231,11 @@ def before_fit(self:SparsifyCallback):
 
 @patch
 def make_holder(self:SparsifyCallback):
-    sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude)
-    self._check_alone(sparsifier)
     self._waits = _frozen_phase(self.learn)
+    sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude,
+                            trainable_only=not self._waits)
+    self._check_alone(sparsifier)
     if (self.lth or self.reset_end) and not self._waits: self._check_rewind()
-    if self.sparsifier is not None and self.sparsifier.model is sparsifier.model: self._inherit(sparsifier)
     start = None
     if self._resumed is not None:
         start = self._resumed.get('start')
@@ -246,17 +247,30 @@ def make_holder(self:SparsifyCallback):
     return sparsifier
 
 @patch
-def _inherit(self:SparsifyCallback, sparsifier): # a layer that was pruned as a whole looks like one that was initialised with zeros
-    for n,mask in self.sparsifier.masks.items():
-        if n in sparsifier.masks and not mask.any() and not sparsifier.targets[n].weight.any(): sparsifier.masks[n] = mask.clone()
-    sparsifier.refresh()
-
-@patch
 def begin(self:SparsifyCallback):
+    if not self._made_for_fit.is_current(): self._made_for_fit = self.make_holder() # a later callback replaced layers, or made weights computed
     HoldingCallback.begin(self)
     self.sparsifier,self._start,self._resumed,self._snapshot = self._holder,self._plan.start,None,None
     self._progress = 0.
     self.history.clear()
+    self._tell_once(self._at_start())
+    self.sparsifier.release(self._plan, _agree)
+
+@patch
+def _tell_once(self:SparsifyCallback, messages):
+    for m in messages:
+        if m not in self._said: warn(m)
+    self._said |= set(messages)
+
+@patch
+def _at_start(self:SparsifyCallback): # what somebody would want to know before training, not after it
+    s,messages = self.sparsifier,self.sparsifier.flow_notes()
+    if s.frozen:
+        messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, as they could not heal; learn.unfreeze() to prune all")
+    elif (reach := s.reach()) < 50:
+        dense = '; '.join(f'{names}: {why}' for why,names in list(by_reason(s.left_dense, 2).items())[:3])
+        messages.append(f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; the others stay dense ({dense}); cb.sparsifier.left_dense has all")
+    return messages
 
 # %% ../nbs/12_callback.ipynb #7850e7a9
 @patch
@@ -334,8 +348,19 @@ def after_fit(self:SparsifyCallback):
         if self.reset_end and self._snapshot: self._rewind()
         if self._progress != self.schedule(1.):
             warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
+    trained = self._active and self.train_iter
     HoldingCallback.after_fit(self)
+    if trained: self._compare()
     if not self.lock.locked(): self._snapshot = None
+
+@patch
+def _compare(self:SparsifyCallback): # what masks say, and what is in the model
+    planned,counted = self.sparsifier.planned(),self.current_sparsity
+    other = getattr(m := get_model(self.learn.model), '_orig_mod', m) is not self.sparsifier.model
+    if counted < planned - 1e-3 or other:
+        warn(f"the masks of this fit make {planned:.4g} % of its layers zero, but {counted:.4g} % are: " + (
+             "the Learner's model is another one now" if other else "layers were replaced, or weights changed after the last step")
+             + ", so what was trained last is not what this callback holds")
 
 # %% ../nbs/12_callback.ipynb #5507cd88
 @patch

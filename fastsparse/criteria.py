@@ -51,6 +51,9 @@ def elementwise(
     f.elementwise = True
     return f
 
+_elsewhere = dict(random='random_score', magnitude='large_final', l1='large_final', l1_norm='large_final',
+                  l2='squared_final', l2_norm='squared_final') # what other tools call them
+
 def available_criteria() -> list[str]:
     "The names of all registered criteria"
     return list(_criteria)
@@ -61,7 +64,8 @@ def as_criterion(
     "The criterion that `value` names; a function is one already"
     if isinstance(value, str) and value in _criteria: return _criteria[value]
     if isinstance(value, (str,type)) or not callable(value):
-        raise ValueError(f"criteria {value!r} is unknown; choose one of {', '.join(_criteria)}, or pass a function of the weight{did_you_mean(value, list(_criteria))}")
+        raise ValueError(f"criteria {value!r} is unknown; choose one of {', '.join(_criteria)}, or pass a function "
+                         f"of the weight{did_you_mean(value, list(_criteria), _elsewhere)}")
     evidence_of(value)
     return value
 
@@ -99,8 +103,6 @@ def small_final(
 ) -> torch.Tensor: # Scores, of the shape of the weight
     "-|w|: keep the smallest, a control (Zhou et al. 2019, section 2)"
     return -w.abs()
-
-large_final.lowest_at_zero = squared_final.lowest_at_zero = True # what is pruned comes last by itself
 
 # %% ../nbs/01_criteria.ipynb #24bd259f
 @register_criterion

@@ -40,7 +40,7 @@ def native_forward(
     m:nn.Module, # A layer
 ) -> bool: # False for a subclass with a `forward` of its own
     "Whether `m` computes what its class in torch does"
-    return type(m).forward.__module__.startswith('torch.')
+    return type(m).forward.__module__.startswith('torch.nn.modules.')
 
 def _require(found, tensor, needs): # in addition to what other uses of the same tensor need
     old = found.get(id(tensor), [frozenset()]*len(needs))

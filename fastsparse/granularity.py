@@ -127,6 +127,34 @@ class Groups:
         "The groups that hold at least one True"
         return (self._unfold(mask).amax(dim=self._lost) if self.size > 1 else mask).reshape(1, -1)
 
+    def _size(self, *names): return prod(n for a,n in zip(self.axes, self._full) if a in names)
+    @property
+    def channels(self) -> int:
+        "Number of inputs and outputs of the layer, all channel groups together"
+        return sum(self._size(a, 'group') for a in ('in','out') if a in self.axes)
+    @property
+    def by_output(self) -> bool:
+        "True if every group belongs to one output, and an output has several"
+        return self.rows == 1 and 'out' in self.keep and self.n > self._size('out', 'group')
+
+    def to_outputs(self,
+        t:torch.Tensor, # One number a group, of shape (1, n)
+    ) -> torch.Tensor: # The same, of shape (outputs, groups of each)
+        "Put the groups of each output into a row of their own; only where `by_output`"
+        return t.view(self._kept).movedim(*self._first).reshape(self._size('out', 'group'), -1)
+
+    def from_outputs(self,
+        t:torch.Tensor, # One number a group, of shape (outputs, groups of each)
+    ) -> torch.Tensor: # The same, of shape (1, n)
+        "The way back from `to_outputs`"
+        moved = torch.empty(self._kept, device='meta').movedim(*self._first).shape
+        return t.view(moved).movedim(*reversed(self._first)).reshape(1, -1)
+
+    @property
+    def _first(self): # axes that count outputs, and where they go
+        at = [i for i,a in enumerate(self.axes) if a in ('group','out')]
+        return at,list(range(len(at)))
+
     def expand(self,
         kept:torch.Tensor, # One decision a group, of shape (rows, n)
     ) -> torch.Tensor: # The same decision for each weight, of the weight's shape
@@ -171,9 +199,11 @@ def _check_plain(layer): # a computed weight is not even looked at: that can cha
 def did_you_mean(
     value, # What was given
     names:list[str], # What is legal
+    elsewhere:dict[str,str]|None=None, # What other tools say, to what it is called here
 ) -> str: # Such as "; did you mean 'filter'?", or nothing where none is close
     "The end of an error message that guesses the name that was meant"
-    close = difflib.get_close_matches(value.lower(), names, 1) if isinstance(value, str) else []
+    if not isinstance(value, str): return ''
+    close = [elsewhere[value.lower()]] if value.lower() in (elsewhere or {}) else difflib.get_close_matches(value.lower(), names, 1)
     return f"; did you mean {close[0]!r}?" if close else ''
 
 def _unknown(value): return (f"granularity {value!r} is unknown; choose one of {', '.join(available_granularities())}, "

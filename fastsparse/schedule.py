@@ -29,7 +29,11 @@ class Schedule:
             if isinstance(v, bool) or not isinstance(v, (int,float)) or not 0 <= v <= 1:
                 raise ValueError(f"{name}={v!r} has to be a fraction of training, from 0 to 1" + (f"; did you mean {v/100}?" if not isinstance(v, bool) and isinstance(v, (int,float)) and 1 < v <= 100 else ''))
         if self.start_pct > self.end_pct: raise ValueError(f"the schedule starts at {self.start_pct}, after its end at {self.end_pct}; did you mean start_pct={self.end_pct}, end_pct={self.start_pct}?")
-        if (first := self.func(0.)) != 0: raise ValueError(f"func(0) is {first!r}; it has to be exactly 0, for a schedule starts with nothing done")
+        try: first = self.func(0.)
+        except TypeError as e:
+            raise ValueError(f"func={getattr(self.func, '__name__', self.func)} is not a function of the position alone ({e}), such as lambda p: p**2; "
+                             "of fastai's, SchedCos(0, 1) and the like are") from e
+        if first != 0: raise ValueError(f"func(0) is {first!r}; it has to be exactly 0, for a schedule starts with nothing done")
         self._checked(1.)
 
     def _checked(self, p):

@@ -9,19 +9,21 @@ __all__ = ['Sparsifier']
 
 # %% ../nbs/09_sparsifier.ipynb #c6138ee3
 import math
+from contextlib import contextmanager
 from functools import reduce
 from typing import Callable, Iterator
+from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
-from .mask import MaskHolder, Scores, bury, count, in_pieces, one_thread
-from .method import allocate, as_method, local
-from .select import find_targets, select_layers, tensor_id
-from .plan import Plan, SparsityWarning, check_request, tell_difference # noqa: F401 (the warning is part of what a user catches)
+from .mask import MaskHolder, Scores, bury, count, in_pieces, keep_mask, one_thread, spread
+from .method import allocate, as_method, floors, global_, local
+from .select import by_reason, find_targets, select_layers, tensor_id
+from .plan import Plan, SparsityWarning, asked_and_got, check_options, check_request, difference, hint_percent, warn # noqa: F401 (the warning is part of what a user catches)
 from .dependants import find_followers, native_forward
-from .report import SparsityReport, sparsity_report
+from .report import SparsityReport, read_weight, sparsity_report
 
 # %% ../nbs/09_sparsifier.ipynb #daf5ea76
 class _Scores(Scores):
@@ -29,17 +31,14 @@ class _Scores(Scores):
     def __init__(self, sparsifier, targets):
         super().__init__(targets)
         self.sparsifier,self.seed,self.kept = sparsifier,None,{}
-        self.bury = not getattr(sparsifier.criteria, 'lowest_at_zero', False)
         self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one for all, or they could not be compared
 
     def shape(self, i): return self.layers[i].groups.rows,self.layers[i].groups.n
 
     def __getitem__(self, i):
         if i in self.kept: return self.kept[i]
-        t,s = self.layers[i],self.sparsifier
-        if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # drawn only when it is needed
-        given = {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else s._on(s._memory[e], t.name, t.weight) for e in s._reads}
-        scores = self._ranked(t, t.groups.scores(self._scored(t, t.weight, given)), lambda: t.groups.alive(s._on(s.masks, t.name, t.weight)))
+        t = self.layers[i]
+        scores = self._ranked(t, t.groups.scores(self._scored(t, t.weight, self._evidence(i))), lambda: t.groups.alive(self._mask_of(t)))
         if t.groups.size >= 8: self.kept[i] = scores # few beside the weights
         return scores
 
@@ -48,82 +47,155 @@ class _Scores(Scores):
         if not (getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)): return super().pieces(i, every)
         given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
         return (self._ranked(t, self._scored(t, w, dict(zip(s._reads, gs))), lambda: alive)
-                for w,alive,*gs in zip(*(in_pieces(x, every) for x in (t.weight, s._on(s.masks, t.name, t.weight), *given))))
+                for w,alive,*gs in zip(*(in_pieces(x, every) for x in (t.weight, self._mask_of(t), *given))))
 
-    def lowest(self, budget, step=None, among=None):
-        lost = super().lowest(budget, step, among)
-        if self.bury or 0 not in self._near.values(): return lost
-        self.bury,self._seen,self.kept = True,None,{} # pruned weights have to go before others that are zero too
-        return super().lowest(budget, step, among)
+# %% ../nbs/09_sparsifier.ipynb #51c00d86
+@patch
+def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks, t.name, t.weight)
 
-    def _scored(self, t, w, given):
-        criteria = self.sparsifier.criteria
-        scores = criteria(w, **given)
-        if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
-            raise ValueError(f"the criterion {getattr(criteria, '__name__', criteria)} gave {tuple(scores.shape) if isinstance(scores, torch.Tensor) else scores!r} for layer {t.layer_name!r}; it has to give one score for each weight, of shape {tuple(w.shape)}")
-        return scores.to(self.dtype)
+@patch
+def _evidence(self:_Scores, i):
+    t,s = self.layers[i],self.sparsifier
+    if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # drawn only when it is needed
+    return {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else s._on(s._memory[e], t.name, t.weight) for e in s._reads}
 
-    def _ranked(self, t, scores, alive):
-        criteria,low = self.sparsifier.criteria,float(scores.amin())
-        if math.isnan(low): raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, or the criterion {getattr(criteria, '__name__', criteria)} made it; nothing was pruned")
-        if not self.sparsifier._gone[t.name] or (getattr(t.groups, 'single', False) and not self.bury): return scores # a reduction may put zeros anywhere
-        if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-        return bury(scores, alive()) # what is pruned stays below all that is not
+@patch
+def _scored(self:_Scores, t, w, given):
+    criteria = self.sparsifier.criteria
+    try: scores = criteria(w, **given)
+    except (AttributeError, TypeError) as e:
+        raise ValueError(f"the criterion {_name(criteria)} failed at layer {t.layer_name!r} ({type(e).__name__}: {e}); it is given the values of "
+                         f"the weight as a plain tensor, without gradient, and as evidence what its parameters ask for: {given and list(given) or 'nothing here'}") from e
+    if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
+        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else repr(scores)
+        raise ValueError(f"the criterion {_name(criteria)} gave {got} for layer {t.layer_name!r}; "
+                         f"it has to give one score for each weight, of shape {tuple(w.shape)}")
+    return scores.to(self.dtype)
 
+@patch
+def _ranked(self:_Scores, t, scores, alive):
+    low = float(scores.amin())
+    if math.isnan(low):
+        raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, "
+                         f"or the criterion {_name(self.sparsifier.criteria)} made it; nothing was pruned")
+    if not self.sparsifier._gone[t.name]: return scores
+    if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    return bury(scores, alive())
+
+def _name(f): return getattr(f, '__name__', str(f)).strip('_')
+
+# %% ../nbs/09_sparsifier.ipynb #6b648f5d
 class Sparsifier(MaskHolder):
     "Chooses which weights of a model are zero, makes them so, and keeps them so"
+    @check_options
     def __init__(self,
         model:nn.Module, # Any PyTorch model; changed only by the zeros written into its tensors
         granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
-        exclude=None, # Selector of layers to leave dense
+        exclude=None, # Selector of layers to leave dense, with all their tensors
+        trainable_only:bool=False, # Prune nothing of which the weight is frozen (`requires_grad=False`); zeros that it has are held
     ):
-        if not isinstance(model, nn.Module): raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module" + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module" + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
         model = getattr(model, '_orig_mod', model) # a compiled model shares everything with the original
         self.model,self.granularity,self.method,self.criteria = model,as_granularity(granularity),as_method(method),as_criterion(criteria)
         if isinstance(self.granularity, NM): self.method = local # every layer has the same pattern: nothing to share out
         targets,self.left_dense = find_targets(model, self.granularity, layers, exclude)
         self.targets = {t.name: t for t in targets}
-        self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in targets}
+        self.frozen = {t.name for t in targets if trainable_only and not t.layer.weight.requires_grad}
+        if len(self.frozen) == len(targets): raise ValueError("all layers to prune are frozen (requires_grad=False); unfreeze some, as with learn.unfreeze()")
+        self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads = evidence_of(self.criteria)
-        self._memory = {e: {t.name: t.weight.clone() for t in targets} for e in self._reads if e != 'generator'}
-        self._followers,self._lost,self._following,self._aside,self.untraced = [],[],{},{},None
-        if any(t.whole_outputs for t in targets):
-            self._followers,self._lost,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs})
-        self.refresh()
+        self._followers,self._lost,self.untraced = [],[],None
+        if outputs := {t.name: t.layer for t in targets if t.whole_outputs}: self._followers,self._lost,self.untraced = find_followers(model, outputs)
+        self.reset()
 
-    def _like(self, t, mask): # as the weight lies in memory
-        return mask if mask.shape == t.weight.shape and mask.stride() == t.weight.stride() else torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
+_frozen = 'frozen (requires_grad=False), so what is pruned there could not heal'
 
-    def _infer(self, t):
-        if t.weight.amin().isnan(): raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
-        alive = t.groups.alive(t.weight.bool())
-        if not count(alive) and getattr(self.granularity, 'name', None) != 'layer': alive = torch.ones_like(alive)
-        return self._like(t, t.groups.expand(alive))
+# %% ../nbs/09_sparsifier.ipynb #1f080fc6
+@patch
+def reset(self:Sparsifier):
+    "Forget all masks, as a new `Sparsifier` would: what is zero now is taken over, nothing else is known; for weights that were loaded back"
+    self._check_current(self.targets.values())
+    self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in self.targets.values()}
+    self._found = set(self.masks) - self._pruned_before() # targets whose masks were only taken over
+    self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in self._reads if e != 'generator'}
+    self._following,self._aside,self._told = {},{},()
+    self._update_followers()
 
-    def _percent(self, t): # what every row has lost
-        alive = t.groups.alive(self.masks[t.name])
-        dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
-        return 100*dead*t.groups.step/t.weight.numel()
+_made = WeakKeyDictionary() # the masks that were made last, by model, so that a second fit knows what was pruned
 
-# %% ../nbs/09_sparsifier.ipynb #6b648f5d
+@patch
+def _pruned_before(self:Sparsifier): # targets of which everything is still zero that was pruned in this model before
+    was = _made.get(self.model, {})
+    return {n for n,m in self.masks.items() if n in was and was[n].shape == m.shape and not (m & ~self._on(was, n, m)).any()}
+
+@patch
+def _like(self:Sparsifier, t, mask): # as the weight lies in memory
+    return mask if mask.shape == t.weight.shape and mask.stride() == t.weight.stride() else torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
+
+@patch
+def _infer(self:Sparsifier, t):
+    if t.weight.amin().isnan():
+        raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
+    alive = t.groups.alive(t.weight.bool())
+    emptied = t.name in _made.get(self.model, {}) and not _made[self.model][t.name].any()
+    if not count(alive) and not self._whole_layers and not emptied: alive = torch.ones_like(alive)
+    return self._like(t, t.groups.expand(alive))
+
+@patch(as_prop=True)
+def _whole_layers(self:Sparsifier): return getattr(self.granularity, 'name', None) == 'layer'
+
+@patch
+def _percent(self:Sparsifier, t): # what every row has lost
+    alive = t.groups.alive(self.masks[t.name])
+    dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
+    return 100*dead*t.groups.step/t.weight.numel()
+
+# %% ../nbs/09_sparsifier.ipynb #18949bcb
+@patch
+def is_current(self:Sparsifier) -> bool:
+    "Whether all targets are still layers of the model, with a weight of their own"
+    return not self._outdated(self.targets.values())
+
+@patch
+def _outdated(self:Sparsifier, targets):
+    there = {id(m) for m in self.model.modules()}
+    return {t.layer_name: 'has been replaced' if id(t.layer) not in there else f'is computed at each forward now ({type(t.layer).__name__})'
+            for t in targets if id(t.layer) not in there or 'weight' not in t.layer._parameters}
+
+@patch
+def _check_current(self:Sparsifier, targets):
+    if gone := self._outdated(targets):
+        said = ', '.join(f"the weight of layer {n!r} {why}" for n,why in list(gone.items())[:5])
+        raise ValueError(f"the model is not the one that this Sparsifier looked at: {said}; make a new Sparsifier of the model as it is now")
+
+@patch
+def _layers_now(self:Sparsifier): # of the targets, by name, replaced ones included
+    now = dict(self.model.named_modules())
+    ids = {id(m) for m in now.values()}
+    layers = {t.layer_name: t.layer if id(t.layer) in ids else now.get(t.layer_name) for t in self.targets.values() if t.name not in self.frozen}
+    return {n: m for n,m in layers.items() if m is not None and layer_type(m) is not None}
+
+# %% ../nbs/09_sparsifier.ipynb #7c1f04f2
 @patch
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
     sparsity:float, # Percent of its weights that shall be zero
     round_to:int|None=None, # What remains is a multiple of this many groups, at least as many
 ):
-    "Prune one layer to `sparsity` percent"
+    "Prune one layer to `sparsity` percent; nothing else of the model is touched"
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
     found = [t for t in self.targets.values() if layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))]
     if not found:
+        self._check_current(t for t in self.targets.values() if layer in (t.layer_name, t.name))
         name = layer if isinstance(layer, str) else next((n for n,m in self.model.named_modules() if m is layer), type(layer).__name__)
         raise ValueError(f"{name!r} is not a layer of this Sparsifier" + (f" ({self.left_dense[name]})" if name in self.left_dense else '') +
                          f"; its layers are {', '.join(t.layer_name or '(the model itself)' for t in self.targets.values())}")
     if isinstance(sparsity, dict): raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict")
-    self._reach(self._plan(sparsity, round_to, found), 1., local)
+    self._reach(self._plan(hint_percent(sparsity), round_to, found, local), 1., local)
 
 @patch
 def prune_model(self:Sparsifier,
@@ -131,36 +203,65 @@ def prune_model(self:Sparsifier,
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
 ):
     "Prune all targets to `sparsity` percent"
-    self.advance(self.plan(sparsity, round_to), 1.)
+    self.advance(self.plan(hint_percent(sparsity), round_to), 1.)
 
+# %% ../nbs/09_sparsifier.ipynb #042ab47c
 @patch
 def plan(self:Sparsifier,
     sparsity:float|dict, # Percent, or with 'local' a dict {layer selector: percent}
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups
 ) -> Plan: # To be carried out by `advance`
     "From the zeros that are there now to `sparsity`"
-    return self._plan(sparsity, round_to, list(self.targets.values()))
+    return self._plan(sparsity, round_to, [t for t in self.targets.values() if t.name not in self.frozen], self.method)
 
 @patch
-def _plan(self:Sparsifier, sparsity, round_to, targets):
+def _plan(self:Sparsifier, sparsity, round_to, targets, method):
     check_request(sparsity, self.granularity, self.method, round_to)
-    if isinstance(sparsity, dict): end = self._each(sparsity)
-    else: end = {t.name: float(sparsity) for t in targets}
+    self._check_current(targets)
+    end = self._each(sparsity, targets) if isinstance(sparsity, dict) else {t.name: float(sparsity) for t in targets}
     if isinstance(self.granularity, NM): end = {n: self.granularity.percent if p else 0. for n,p in end.items()} # 66.67 means two of three
     small = [f'{self.targets[n].layer_name} ({self.targets[n].groups.n})' for n,p in end.items() if p and self.targets[n].groups.n < (round_to or 1)]
-    if small: raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; use a smaller one, or leave them out with exclude=")
-    return Plan({n: self._percent(self.targets[n]) for n in end}, end, round_to)
+    if small:
+        raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; "
+                         "use a smaller one, or leave them out with exclude=")
+    self._forget_untrue(end, method)
+    start = {n: self._percent(self.targets[n]) for n in end}
+    return Plan(self._within(start, end, method), end, round_to)
 
 @patch
-def _each(self:Sparsifier, sparsity):
+def _each(self:Sparsifier, sparsity, targets):
     percents = {}
     for selector,percent in sparsity.items():
         ids = {tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
-        found = {t.name: float(percent) for t in self.targets.values() if tensor_id(t.layer) in ids}
-        if not found: raise ValueError(f"sparsity key {selector!r} means none of the layers to prune, which are {', '.join(t.layer_name for t in self.targets.values())}")
+        found = {t.name: float(percent) for t in targets if tensor_id(t.layer) in ids}
+        if not found:
+            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune, which are {', '.join(t.layer_name for t in targets)}")
         percents |= found
     return percents
 
+# %% ../nbs/09_sparsifier.ipynb #cc455192
+@patch
+def _within(self:Sparsifier, start, end, method): # zeros that were taken over are held up to what is asked for
+    if method is local: return {n: min(p, end[n]) if n in self._found else p for n,p in start.items()}
+    size = {n: self.targets[n].weight.numel() for n in end}
+    found,pruned,asked = (sum(p*size[n] for n,p in ps.items() if which(n)) for ps,which in
+                          ((start, self._found.__contains__), (start, lambda n: n not in self._found), (end, size.__contains__)))
+    share = min(max(asked - pruned, 0)/found, 1.) if found else 1.
+    return {n: p*share if n in self._found else p for n,p in start.items()}
+
+@patch
+def _forget_untrue(self:Sparsifier, end, method):
+    untrue = [t for t in map(self.targets.get, end) if t.name not in self._found and self._gone[t.name]
+              and bool((t.weight.bool() & ~self._on(self.masks, t.name, t.weight)).any())]
+    if not untrue: return
+    held,asked = ({n: p*self.targets[n].weight.numel()/100 for n,p in ps.items()} for ps in ({n: self._percent(self.targets[n]) for n in end}, end))
+    less = [t for t in untrue if (asked[t.name] < held[t.name] if method is local else sum(asked.values()) < sum(held.values()))]
+    for t in less: self.masks[t.name] = self._like(t, t.groups.expand(t.groups.alive(self.masks[t.name] | t.weight.bool())))
+    if less: self._update_followers()
+    elif untrue: warn(f"pruned weights of {', '.join(t.layer_name for t in untrue[:5])}{', ...'*(len(untrue) > 5)} were changed since, and are pruned again; "
+                      "after a training step call apply_masks(), after loading weights back call reset()")
+
+# %% ../nbs/09_sparsifier.ipynb #0f8c7f2a
 @patch
 def advance(self:Sparsifier,
     plan:Plan, # Made by `plan`
@@ -174,77 +275,164 @@ def advance(self:Sparsifier,
 @torch.no_grad()
 def _reach(self:Sparsifier, plan, progress, method, agree=None):
     targets = [self.targets[n] for n in plan.end]
-    sizes = {t.name: t.weight.numel() for t in targets}
-    wanted = plan.wanted(progress, sizes, together=method is not local)
-    scores = _Scores(self, targets)
-    n,step = [t.groups.n for t in targets],[t.groups.step for t in targets]
-    there = [self._gone[t.name] for t in targets]
-    if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow: nothing returns to come nearer
-    floor = 0 if getattr(self.granularity, 'name', None) == 'layer' else 1
-    had = [round(plan.start[t.name]*t.groups.n/100) for t in targets]
+    self._check_current(targets)
+    scores,n,step = _Scores(self, targets),[t.groups.n for t in targets],[t.groups.step for t in targets]
     with one_thread():
-        lost = allocate(method, scores, n, step, wanted, had, plan.round_to, floor)
-        some = {i for i,(t,k) in enumerate(zip(targets, lost)) if 0 < k < t.groups.n}
+        lost,held,squeezed = self._share_out(plan, progress, method, scores, n, step)
+        some = {i for i,k in enumerate(lost) if 0 < k < n[i]}
         for i in some: scores.find(i, lost[i]) # an error changes nothing
         for i,(t,k) in enumerate(zip(targets, lost)): # one at a time, so that the old masks and the new ones never stand in memory together
-            mask = self._like(t, t.groups.expand(scores.keep(i, k)) if i in some else torch.tensor(k == 0))
+            kept = _choose(scores, i, k, t.groups, i in held) if i in some else torch.tensor(k == 0)
+            mask = self._like(t, t.groups.expand(kept) if i in some else kept)
             if agree is not None: agree({t.name: mask})
             self.masks[t.name] = mask
     if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})
-    self.refresh()
-    self.apply_masks()
+    self._update_followers(returning=not self._found & set(plan.end))
+    self._found -= set(plan.end)
+    _made[self.model] = self.masks
+    self._apply(set(plan.end))
     got = [k*s for k,s in zip(lost, step)]
-    if progress == 1: tell_difference(plan, targets, got, method is not local, str(self.granularity), bound=any(t.groups.n - k == floor for t,k in zip(targets, lost)))
-    return 100*sum(got)/sum(sizes.values())
+    if progress == 1: self._tell(plan, targets, got, [targets[i].layer_name for i in sorted(squeezed)], method, bound=any(k == n_-1 for k,n_ in zip(lost, n)))
+    return 100*sum(got)/sum(t.weight.numel() for t in targets)
+
+# %% ../nbs/09_sparsifier.ipynb #0243dc03
+@patch
+def _share_out(self:Sparsifier, plan, progress, method, scores, n, step): # groups that each target loses; targets held at the floor; those of them for their low scores
+    targets = scores.layers
+    sizes = {t.name: t.weight.numel() for t in targets}
+    wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._gone[t.name] for t in targets]
+    if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow: nothing returns to come nearer
+    floor,level = [0 if self._whole_layers else 1]*len(n),[False]*len(n)
+    if method is global_ and len(n) > 1 and not self._whole_layers and any(wanted):
+        channels,level = [getattr(t.groups, 'channels', 0) for t in targets],[scores.level(i) for i in range(len(n))]
+        floor = floors(n, step, channels, level, sum(wanted))
+    had = [round(plan.start[t.name]*n_/100) for t,n_ in zip(targets, n)]
+    left = [n_ - g//s for n_,g,s in zip(n, there, step)]
+    lost = allocate(method, scores, n, step, wanted, had, plan.round_to, [min(f, l) for f,l in zip(floor, left)])
+    if method is not global_ or plan.round_to not in (None, 1) or len(n) == 1: return lost,set(),set()
+    held = {i for i,k in enumerate(lost) if n[i] - k == floor[i]}
+    return lost,held,{i for i in held if not level[i]}
+
+@patch
+def release(self:Sparsifier,
+    plan:Plan, # Made by `plan`
+    agree:Callable|None=None, # As for `advance`
+):
+    "Let go of the zeros that were taken over, beyond those that `plan` starts from"
+    sizes,named = {n: self.targets[n].weight.numel() for n in plan.end},self._found & set(plan.end)
+    if sum(self._gone[n] - plan.start[n]*sizes[n]/100 for n in named) > .5: self.advance(plan, 0., agree)
+
+def _choose(scores, i, k, groups, held): # which groups a target keeps
+    if not held or not getattr(groups, 'by_output', False): return scores.keep(i, k)
+    return keep_mask(groups.from_outputs(spread(groups.to_outputs(scores[i]), k)), k)
+
+# %% ../nbs/09_sparsifier.ipynb #a1915b03
+@patch
+def _tell(self:Sparsifier, plan, targets, got, squeezed, method, bound): # what did not come as it was asked for
+    said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
+    sizes,zeros = [t.weight.numel() for t in targets],sum(t.weight.numel() - count(t.weight.bool()) for t in targets)
+    if zeros - sum(got) > .01*sum(sizes) and not matters: # taken over, or never moved
+        asked = sum(plan.end[t.name]*n/100 for t,n in zip(targets, sizes))
+        said,matters = f"{asked_and_got(asked, zeros, sum(sizes))}: these zeros were there before, and those beyond {sum(got):,} are free to change",True
+    self._told = (said,) if said else ()
+    if matters: warn(said)
+    if squeezed and sum(got):
+        names = ', '.join(squeezed[:5]) + (f' and {len(squeezed)-5} more' if len(squeezed) > 5 else '')
+        self._told += (f"{names} {'are' if len(squeezed) > 1 else 'is'} down to the least that one ranking over all layers leaves a layer, as the scores there are "
+                       "small beside those of others; if accuracy suffers, try method='local', or leave such layers out with exclude=",)
+        warn(self._told[-1])
+
+# %% ../nbs/09_sparsifier.ipynb #c20c0a96
+@patch
+@contextmanager
+def trial(self:Sparsifier):
+    "Inside, prune and look; behind it, masks and every tensor that pruning writes to are as they were"
+    tensors = [t.weight for t in self.targets.values()] + [f.tensor.detach() for f in self._followers]
+    copies,state = [t.clone() for t in tensors],{k: _copied(v) for k,v in vars(self).items() if k in self._state}
+    try: yield self
+    finally:
+        for t,was in zip(tensors, copies): t.copy_(was)
+        vars(self).update(state)
+
+Sparsifier._state = ('masks','_found','_memory','_following','_aside','_gone','_told') # all that pruning changes
+
+def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
+    return {k: _copied(x) for k,x in v.items()} if isinstance(v, dict) else v.clone() if isinstance(v, torch.Tensor) else set(v) if isinstance(v, set) else v
 
 # %% ../nbs/09_sparsifier.ipynb #c88fa2c9
 @patch
-def pairs(self:Sparsifier) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
+def pairs(self:Sparsifier,
+    names=None, # Names of targets; None for all
+) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
     for t in self.targets.values():
-        if self._gone[t.name]: yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
+        if self._gone[t.name] and (names is None or t.name in names):
+            if 'weight' not in t.layer._parameters: self._check_current([t])
+            yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
     for f in self._followers:
-        if f.name in self._following: yield f.tensor, self._on(self._following, f.name, f.tensor)
+        if f.name in self._following and (names is None or names & {n for n,_ in f.needs}): yield f.tensor, self._on(self._following, f.name, f.tensor)
+
+@patch
+def apply_masks(self:Sparsifier):
+    "Make every masked entry zero again, in place; zeros that were taken over are masks like others from now on"
+    self._found = set()
+    MaskHolder.apply_masks(self)
+
+@patch
+def _apply(self:Sparsifier, names): # of what was just pruned; other masks may be of weights that were loaded back
+    class Some(MaskHolder): pairs = lambda _: self.pairs(names)
+    Some().apply_masks()
 
 @patch
 def _on(self:Sparsifier, masks, name, tensor): # a model may have moved to another device
     if masks[name].device != tensor.device: masks[name] = masks[name].to(tensor.device)
     return masks[name]
 
+# %% ../nbs/09_sparsifier.ipynb #3e66f5d9
 @patch
-def refresh(self:Sparsifier):
-    "Take note of a change of `masks`, and let what depends on them follow"
+def _update_followers(self:Sparsifier, returning=True): # and count, after a change of `masks`
     self._gone = {n: m.numel() - count(m) for n,m in self.masks.items()}
     alive = {n: output_groups(t.layer).alive(self.masks[n])[0] for n,t in self.targets.items() if t.whole_outputs}
     before = self._following
     self._following = {f.name: f.mask(alive) for f in self._followers} if any(count(a) < len(a) for a in alive.values()) else {}
-    for f in self._followers:
-        t,none = f.tensor.detach(),torch.ones_like(f.tensor, dtype=torch.bool)
-        was,now = before.get(f.name, none).to(t.device),self._following.get(f.name, none)
-        if f.name not in self._aside: self._aside[f.name] = t.clone()
-        self._aside[f.name] = torch.where(was & ~now, t, self._aside[f.name].to(t.device))
-        # a filter returns at zero, its BatchNorm as it was: with zeros in both, or behind a ReLU at zero, no gradient would ever reach it
-        if (back := now & ~was).any():
-            as_it_was = self._aside[f.name][back]
-            t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
+    for f in self._followers: self._put_aside(f, before, returning)
+
+@patch
+def _put_aside(self:Sparsifier, f, before, returning):
+    t,none = f.tensor.detach(),torch.ones_like(f.tensor, dtype=torch.bool)
+    was,now = before.get(f.name, none).to(t.device),self._following.get(f.name, none)
+    if f.name not in self._aside: self._aside[f.name] = t.clone()
+    self._aside[f.name] = torch.where(was & ~now, t, self._aside[f.name].to(t.device))
+    if returning and (back := now & ~was).any(): # at zero in both, or behind a ReLU at zero, no gradient would ever reach the filter
+        as_it_was = self._aside[f.name][back]
+        t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
 # %% ../nbs/09_sparsifier.ipynb #4348cbad
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
-    zeros = sum(t.weight.numel() - count(t.weight.bool()) for t in self.targets.values())
-    return 100*zeros/sum(t.weight.numel() for t in self.targets.values())
+    weights = [read_weight(m) for m in self._layers_now().values()]
+    return 100*sum(w.numel() - count(w.bool()) for w in weights)/max(sum(w.numel() for w in weights), 1)
+
+@patch
+def planned(self:Sparsifier) -> float: # Percent
+    "What the masks make zero of the targets' weights; what really is zero says `sparsity`"
+    some = [n for n in self.targets if n not in self.frozen]
+    return 100*sum(self._gone[n] for n in some)/sum(self.masks[n].numel() for n in some)
+
+@patch
+def reach(self:Sparsifier) -> float: # Percent
+    "How much of what could be asked for the targets are: of all tensors of two or more axes that nobody left out"
+    held = sum(t.weight.numel() for n,t in self.targets.items() if n not in self.frozen)
+    params,layers = dict(self.model.named_parameters()),dict(self.model.named_modules())
+    dense = {id(p): p.numel() for n in self.left_dense for p in ([params[n]] if n in params else [q for q in layers[n].parameters(recurse=True) if q.dim() > 1])
+             if not isinstance(p, nn.parameter.UninitializedParameter)}
+    return 100*held/(held + sum(dense.values()))
 
 @patch
 def report(self:Sparsifier) -> SparsityReport: # A value that shows itself as a table
     "What is zero now, counted layer by layer"
-    notes = [f'{n} is left dense: {why}.' for n,why in self.left_dense.items()]
-    notes += [f'{t.layer_name} has a forward of its own ({type(t.layer).__name__}): zeros last only if it uses its weight as it is.' for t in self.targets.values() if not native_forward(t.layer)]
-    if self._lost: notes.append(f"{', '.join(self._lost[:5])}{', ...' if len(self._lost) > 5 else ''}: what flows in could not be followed to its filters, so nothing is masked there.")
-    held,total = sum(t.weight.numel() for t in self.targets.values()),sum(p.numel() for p in self.model.parameters())
-    if held < total/2: notes.append(f'The targets hold {100*held/total:.2g} % of the parameters of the model; all others are dense.')
-    if self.untraced: notes.append(f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).')
-    return sparsity_report(self.model, {t.layer_name: t.layer for t in self.targets.values()}, tuple(notes))
+    return sparsity_report(self.model, self._layers_now(), tuple(self._notes()))
 
 @patch
 def print_sparsity(self:Sparsifier):
@@ -253,7 +441,30 @@ def print_sparsity(self:Sparsifier):
 
 @patch
 def __repr__(self:Sparsifier):
-    return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {getattr(self.method, '__name__', self.method).strip('_')}, {getattr(self.criteria, '__name__', self.criteria)}: {self.sparsity():.2f} % zero"
+    return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {_name(self.method)}, {_name(self.criteria)}: {self.sparsity():.2f} % zero"
+
+# %% ../nbs/09_sparsifier.ipynb #a48c69bb
+@patch
+def _notes(self:Sparsifier):
+    notes = [f'{n}.' for n in self._told]
+    notes += [f"{ns} {'has been replaced' if 'replaced' in why else why} since this Sparsifier was made: no mask holds there." for why,ns in by_reason(self._outdated(self.targets.values())).items()]
+    for why,ns in by_reason(self.left_dense).items():
+        if why.startswith('it has'): notes.append(f"{ns} {why[3:]}.")
+        else: notes.append(f"{ns} {'are' if ', ' in ns or ' more' in ns else 'is'} left dense: {why}.")
+    notes += [f'{t.layer_name} has a forward of its own ({type(t.layer).__name__}): zeros last only if it uses its weight as it is.'
+              for t in self.targets.values() if not native_forward(t.layer)]
+    notes += self.flow_notes()
+    held,total = sum(t.weight.numel() for n,t in self.targets.items() if n not in self.frozen),sum(p.numel() for p in self.model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
+    if held < total/2: notes.append(f'The targets hold {100*held/total:.2g} % of the parameters of the model; all others are dense.')
+    return notes
+
+@patch
+def flow_notes(self:Sparsifier) -> list[str]:
+    "What of the data flow behind pruned outputs is not known"
+    notes = []
+    if self._lost: notes.append(f"{', '.join(self._lost[:5])}{', ...'*(len(self._lost) > 5)}: what flows in could not be followed to its filters, so nothing is masked there.")
+    if self.untraced: notes.append(f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).')
+    return notes
 
 # %% ../nbs/09_sparsifier.ipynb #edf875b4
 @patch
@@ -268,12 +479,19 @@ def load_state_dict(self:Sparsifier,
     "Take over masks and memory, and apply the masks; a ValueError if they are not those of these targets"
     if not isinstance(state, dict): raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
     expected = {'masks': self.masks, **self._memory}
-    if set(state) != set(expected): raise ValueError(f"the state has {sorted(state)}, but this Sparsifier keeps {sorted(expected)}; it has to have the same criteria")
-    for kind,now in expected.items():
-        if set(state[kind]) != set(now): raise ValueError(f"the {kind} do not fit the targets: missing {sorted(set(now)-set(state[kind]))}, too many {sorted(set(state[kind])-set(now))}")
-        for n,t in state[kind].items():
-            if kind == 'masks' and t.dtype != torch.bool: raise ValueError(f"the mask of {n} has type {t.dtype}; it has to be bool, True = kept")
-            if t.shape != now[n].shape: raise ValueError(f"the {kind} of {n} has shape {tuple(t.shape)}, but the weight has {tuple(now[n].shape)}")
+    if set(state) != set(expected):
+        raise ValueError(f"the state has {sorted(map(str, state))}, but this Sparsifier keeps {sorted(expected)}; it has to have the same criteria")
+    for kind,now in expected.items(): _check_state(kind, state[kind], now)
     for kind,now in expected.items(): now.update({n: torch.empty_like(now[n]).copy_(t) for n,t in state[kind].items()})
-    self.refresh()
+    self._found = set()
+    self._update_followers()
     self.apply_masks()
+
+def _check_state(kind, given, now):
+    if not isinstance(given, dict): raise ValueError(f"the {kind} are a {type(given).__name__}; they have to be a dict {{parameter name: tensor}}, as state_dict() gives")
+    if set(given) != set(now):
+        raise ValueError(f"the {kind} do not fit the targets: missing {sorted(set(now)-set(given))}, too many {sorted(map(str, set(given)-set(now)))}")
+    for n,t in given.items():
+        if not isinstance(t, torch.Tensor): raise ValueError(f"the {kind} of {n} is a {type(t).__name__}; it has to be a tensor of shape {tuple(now[n].shape)}")
+        if kind == 'masks' and t.dtype != torch.bool: raise ValueError(f"the mask of {n} has type {t.dtype}; it has to be bool, True = kept")
+        if t.shape != now[n].shape: raise ValueError(f"the {kind} of {n} has shape {tuple(t.shape)}, but the weight has {tuple(now[n].shape)}")

@@ -355,8 +355,9 @@ class Standardized(nn.Conv2d):
 
 def test_a_layer_with_a_forward_of_its_own_is_not_guessed_at():
     model = nn.Sequential(Standardized(2, 4, 1), nn.BatchNorm2d(4))
-    sparsify(model)
-    assert (model[1].weight != 0).all()
+    with pytest.raises(ValueError, match='no layer to prune by filter .0: it has a forward of its own .Standardized.'): Sparsifier(model, 'filter')
+    Sparsifier(model, 'filter', 'local', layers='0').prune_model(50)
+    assert (model[0].weight == 0).any() and (model[1].weight != 0).all()
 
 
 # what cannot be traced

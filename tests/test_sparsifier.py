@@ -645,7 +645,11 @@ def test_find_targets():
     (lambda m: torch_prune.l1_unstructured(m, 'weight', .5), 'prune.remove')])
 def test_a_computed_weight_is_refused_with_the_fix(make, fix):
     model = nn.Sequential(nn.Linear(4, 4), make(nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match=f"weight of layer '1' is computed at each forward.*{fix}.*exclude='1'"): Sparsifier(model)
+    for named in ('1', model[1], ['0', '1']):
+        with pytest.raises(ValueError, match=f"weight of layer '1' is computed at each forward.*{fix}.*exclude='1'"): Sparsifier(model, layers=named)
+    s = Sparsifier(model)
+    assert list(s.targets) == ['0.weight'] and fix in s.left_dense['1'] and '1 is left dense: its weight is computed at each forward' in str(s.report())
+    with pytest.raises(ValueError, match=f"weight of layer '0' is computed at each forward.*{fix}"): Sparsifier(nn.Sequential(make(nn.Linear(4, 4))))
 
 
 def test_the_fixes_for_computed_weights_work():
@@ -661,7 +665,8 @@ def test_leaving_out_one_computed_weight_does_not_leave_out_another():
     wn = nn.utils.parametrizations.weight_norm
     model = nn.Sequential(nn.Linear(4, 4), *(wn(nn.Linear(4, 4)) for _ in range(6)))
     for i in range(1, 7):
-        with pytest.raises(ValueError, match=f"weight of layer '{2 if i == 1 else 1}' is computed at each forward"): Sparsifier(model, exclude=str(i))
+        assert set(Sparsifier(model, exclude=str(i)).left_dense) == set('123456') - {str(i)}
+        with pytest.raises(ValueError, match=f"weight of layer '{2 if i == 1 else 1}' is computed at each forward"): Sparsifier(model, layers=[str(k) for k in range(1, 7)], exclude=str(i))
     assert list(Sparsifier(model, exclude=[str(i) for i in range(1, 7)]).targets) == ['0.weight']
 
 

@@ -370,20 +370,55 @@ def test_fine_tune_of_a_sparse_model_keeps_its_zeros_while_frozen():
     assert set(journal.steps[:4]) == {50.} and journal.steps == sorted(journal.steps) and is_exact(learn.model, 80)
 
 
-def test_a_fit_of_a_frozen_model_sparsifies():
-    learn, cb = learner(splitter=groups), SparsifyCallback(80)
+def share(*layers): return 100*sum(int((x.weight == 0).sum()) for x in layers)/sum(x.weight.numel() for x in layers)
+
+
+@pytest.mark.parametrize('method', ['local', 'global'])
+@pytest.mark.parametrize('by_hand', [True, False])
+def test_what_is_frozen_is_left_as_it_is_and_what_trains_is_pruned(by_hand, method):
+    "In a fit by hand, and in a `fine_tune` that ends before it unfreezes"
+    learn, cb = learner(splitter=groups), SparsifyCallback(80, method=method)
     learn.freeze()
-    fit(learn, 2, cbs=cb)
-    assert is_exact(learn.model, 80) and regrown(cb) == 0
-    before = state_of(learn.model)
-    fit(learn, 1, cbs=KeepSparsityCallback())
-    assert percent(learn.model) == cb.current_sparsity and torch.equal(before['0.weight'], learn.model[0].weight)
+    trains = [m for m in learn.model if hasattr(m, 'weight') and m.weight.requires_grad and m.weight.dim() > 1]
+    frozen = [m for m in learn.model if hasattr(m, 'weight') and not m.weight.requires_grad and m.weight.dim() > 1]
+    assert trains and frozen
+    with pytest.warns(SparsityWarning, match=f'{len(frozen)} of {len(frozen)+len(trains)} layers to prune are frozen and stay as they are'):
+        if by_hand: fit(learn, 2, cbs=cb)
+        else:
+            with quiet(learn): learn.fine_tune(0, freeze_epochs=2, cbs=cb)
+    assert share(*frozen) == 0 and abs(share(*trains) - 80) < .5 and regrown(cb) == 0
+    if by_hand: # the other one has looked at the model again, unfrozen
+        assert abs(cb.current_sparsity - share(*trains)) < 1e-9 and column(learn)[-1] == cb.current_sparsity
+        assert 'frozen (requires_grad=False)' in str(cb.report) and len(cb.report.layers) == len(trains)
 
 
-def test_fine_tune_of_nothing_more_sparsifies_in_its_only_phase():
+def test_zeros_of_frozen_layers_are_held():
     learn, cb = learner(splitter=groups), SparsifyCallback(80)
-    with quiet(learn): learn.fine_tune(0, freeze_epochs=2, cbs=cb)
+    fit(learn, 2, cbs=cb)
     assert is_exact(learn.model, 80)
+    before = state_of(learn.model)
+    learn.freeze()
+    fit(learn, 1, cbs=(again := SparsifyCallback(90)))
+    assert torch.equal(before['0.weight'], learn.model[0].weight) and regrown(again) == 0 and abs(again.current_sparsity - 90) < .5
+    fit(learn, 1, cbs=KeepSparsityCallback())
+    assert torch.equal(before['0.weight'], learn.model[0].weight)
+
+
+def test_a_fit_in_which_all_is_frozen_is_refused():
+    learn = learner()
+    for m in learn.model:
+        if isinstance(m, (nn.Conv2d, nn.Linear)): m.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r'(?s)all layers to prune are frozen.*unfreeze'): fit(learn, 1, cbs=SparsifyCallback(80))
+
+
+def test_a_frozen_teacher_in_the_model_is_left_alone():
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.teacher, self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        def forward(self, x): return self.net(x) + self.teacher(x)
+    learn = fit(learner(Student()), 2, cbs=SparsifyCallback(80))
+    assert share(learn.model.teacher[1]) == 0 and share(learn.model.net[1]) == 80
 
 
 @pytest.mark.parametrize('method', ['local', 'global'])

@@ -164,7 +164,7 @@ def test_clipping_sees_no_gradient_of_pruned_weights():
 def test_frozen_groups_and_discriminative_rates():
     groups = lambda m: [list(m[:3].parameters()), list(m[3:6].parameters()), list(m[6:].parameters())]
     learn, cb = learner(splitter=groups, opt_func=Adam, wd=.1), SparsifyCallback(75, 'filter', 'local', layers=nn.Conv2d)
-    fit(learn, 1) # leaves gradients behind
+    fit(learn, 1, cbs=SparsifyCallback(75, 'filter', 'local', layers=nn.Conv2d)) # leaves gradients behind
     learn.freeze_to(1)
     journal = Journal(cb)
     fit(learn, 2, lr=slice(1e-4, 1e-2), cbs=[cb, journal])
@@ -338,10 +338,10 @@ def test_weights_that_are_computed_are_refused_with_the_fix(name):
     spoil(model[3])
     learn = learner(model)
     before = state_of(model)
-    with pytest.raises(ValueError, match=fr"(?s)'3'.*{message}.*exclude='3'"): fit(learn, 1, cbs=SparsifyCallback(50))
+    with pytest.raises(ValueError, match=fr"(?s)'3'.*{message}.*exclude='3'"): fit(learn, 1, cbs=SparsifyCallback(50, layers=['0', '3']))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    fit(learn, 1, cbs=SparsifyCallback(50, exclude='3')) # one of the fixes that it names
-    assert (model[0].weight == 0).any()
+    fit(learn, 1, cbs=(cb := SparsifyCallback(50))) # who did not ask for it gets the rest, and is told
+    assert (model[0].weight == 0).any() and list(cb.sparsifier.left_dense) == ['3'] and '3 is left dense' in str(cb.report)
 
 
 def test_leftovers_of_prune_work_after_the_fix():
