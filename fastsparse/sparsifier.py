@@ -258,7 +258,7 @@ def _forget_untrue(self:Sparsifier, end, method):
     less = [t for t in untrue if (asked[t.name] < held[t.name] if method is local else sum(asked.values()) < sum(held.values()))]
     for t in less: self.masks[t.name] = self._like(t, t.groups.expand(t.groups.alive(self.masks[t.name] | t.weight.bool())))
     if less: self._update_followers()
-    elif untrue: warn(f"pruned weights of {', '.join(t.layer_name for t in untrue[:5])}{', ...'*(len(untrue) > 5)} were changed since, and are pruned again; "
+    elif untrue: warn(f"pruned weights of {', '.join(t.layer_name or 'the layer' for t in untrue[:5])}{', ...'*(len(untrue) > 5)} were changed since, and are pruned again; "
                       "after a training step call apply_masks(), after loading weights back call reset()")
 
 # %% ../nbs/09_sparsifier.ipynb #0f8c7f2a

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from fastcore.script import call_parse
 from arms import ARMS, TRIED
-from fits import PERCENTS, TASKS, fit, images_in
+from fits import TASKS, fit, images_in
 from summary import KEY, read_runs, write_summary
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def plan(tasks):
     "All runs as (task, training, seed, arm, percent): one seed after the other, so that a first table is there early; what was tried comes last"
     def runs(task, arms, seeds):
-        pairs = [p for a in arms for p in ([(a, 0)] if a == 'dense' else product([a], PERCENTS))]
+        pairs = [p for a in arms for p in ([(a, 0)] if a == 'dense' else product([a], TASKS[task].percents))]
         return [(task, fit, seed, *pair) for seed,fit,pair in product(range(seeds), TASKS[task].trainings, pairs)]
     return [r for arms,seeds in ((ARMS, 'seeds'), (TRIED, 'seeds_tried')) for t in tasks for r in runs(t, arms, getattr(TASKS[t], seeds))]
 
@@ -41,7 +41,7 @@ def main(
                          'and resnet20-cifar10.pt, the state_dict of a ResNet-20 pretrained on CIFAR-10')
     if not find_spec('fasterai'): raise SystemExit('fasterai is what we compare with: pip install -e ".[bench]"')
     done = {tuple(r[k] for k in KEY) for r in read_runs(file)}
-    todo = [] if summarise else [r for r in plan(list(TASKS) if folder else ['digits']) if r not in done and only in ' '.join(map(str, r))]
+    todo = [] if summarise else [r for r in plan(list(TASKS) if folder else ['digits','vit']) if r not in done and only in ' '.join(map(str, r))]
     if todo: out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     os.environ |= dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_=str(2**33), MALLOC_TOP_PAD_=str(2**28)) # of the fits: memory is kept, and not given back and asked for in each batch

@@ -9,8 +9,6 @@ from torch import nn
 from arms import ARMS, TRIED
 from summary import KEY
 
-PERCENTS = (80, 90, 95, 98)
-
 @dataclass(frozen=True)
 class Task:
     trainings:tuple # Names of fit methods, without their `fit_`
@@ -18,8 +16,10 @@ class Task:
     lr:float # The highest
     seeds:int # Of the table
     seeds_tried:int # Of what else was tried
+    percents:tuple=(80, 90, 95, 98)
 
-TASKS = {'cifar10': Task(('one_cycle',), 2, .05, 3, 1), 'digits': Task(('one_cycle','flat_cos'), 5, .01, 5, 5)}
+TASKS = {'cifar10': Task(('one_cycle',), 2, .05, 3, 1), 'digits': Task(('one_cycle','flat_cos'), 5, .01, 5, 5),
+         'vit': Task(('one_cycle',), 6, 3e-3, 3, 3, (50, 80))}
 
 def zeros(model):
     "Percent of zeros among the weights of all convolutions and Linears"
@@ -38,10 +38,10 @@ def fit(run, folder):
     warnings.filterwarnings('ignore')
     import fastai.callback.schedule # noqa: F401 (adds fit_one_cycle to Learner)
     from fastsparse.demo import digits_learner
-    from task import make_learner
+    from task import make_learner, vit_learner
     task,training,seed,arm,percent = run
     torch.set_num_threads(1)
-    learn = digits_learner(seed) if task == 'digits' else make_learner(*_data(folder), seed)
+    learn = digits_learner(seed) if task == 'digits' else vit_learner(seed) if task == 'vit' else make_learner(*_data(folder), seed)
     callbacks,settings = {**ARMS, **TRIED}[arm](percent, task, learn.model)
     began = time.process_time()
     with learn.no_bar(),learn.no_logging(): getattr(learn, f'fit_{training}')(TASKS[task].epochs, TASKS[task].lr, cbs=callbacks)

@@ -77,6 +77,17 @@ def _augment(b, pad=4): # each image is flipped and moved by a draw of its own
     dy,dx = torch.randint(2*pad+1, (2,n))
     return windows[torch.arange(n), :, dy, dx],b[1]
 
+def vit_learner(seed:int) -> Learner:
+    "A small vision transformer, its classifier zero as torchvision initialises it, on digits"
+    from fastai.torch_core import set_seed
+    from sklearn.datasets import load_digits
+    from torchvision.models import VisionTransformer
+    set_seed(seed, reproducible=True)
+    digits = load_digits()
+    items = list(zip(torch.tensor(digits.images/16, dtype=torch.float32)[:,None].expand(-1, 3, -1, -1), torch.tensor(digits.target)))
+    dls = DataLoaders(DataLoader(items[:1400], bs=64, shuffle=True), DataLoader(items[1400:], bs=256))
+    return Learner(dls, VisionTransformer(8, 2, 2, 4, 32, 64, num_classes=10), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
 def make_learner(images:dict[str,Images], weights:dict, seed:int, n_train:int=25_000) -> Learner:
     "A Learner with everything fixed but what is fitted; `seed` decides order, flips and crops"
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
