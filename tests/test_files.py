@@ -123,6 +123,21 @@ def test_a_model_goes_through_and_stays_as_it_is(tmp_path):
     assert load_sparse(tmp_path/'f')['1.num_batches_tracked'].shape == ()
 
 
+def test_one_line_of_a_learner(tmp_path, monkeypatch):
+    from fastai_helpers import net, sparse_learner
+    learn, cb = sparse_learner(80)
+    learn.path = tmp_path
+    saved = learn.save_sparse('small')
+    assert saved.path == tmp_path/'models'/'small.safetensors' and saved.bytes < saved.bytes_dense and 'values' not in str(saved)
+    back = load_sparse(saved.path)
+    assert all(same_bits(back[n], t) for n, t in learn.model.state_dict().items()) and all(not back[n][~m].any() for n, m in cb.sparsifier.masks.items())
+    net().load_state_dict(back)
+    assert learn.save_sparse('half', values='float16').values == 'float16'
+    monkeypatch.setattr('fastsparse.callback.rank_distrib', lambda: 1)
+    learn.save_sparse('from another process')
+    assert sorted(p.name for p in (tmp_path/'models').iterdir()) == ['half.safetensors', 'small.safetensors']
+
+
 def test_extra_state(tmp_path):
     class Counts(nn.Linear):
         def get_extra_state(self): return {'seen': [1, 2], 'why': None}
