@@ -187,6 +187,7 @@ def safetensors_library(): # The module
     except ImportError as e: raise ImportError("small files need safetensors: pip install 'fastsparse[files]'") from e
     return safetensors
 
+# %% ../nbs/14_files.ipynb #f3d95dfb
 @dataclass(frozen=True)
 class SavedFile:
     "What `save_sparse` wrote"
