@@ -8,3 +8,4 @@ from .report import SparsityReport, sparsity_report
 from .plan import SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
+from .files import load_sparse, save_sparse

@@ -18,6 +18,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback, event
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
+from fastai.learner import Learner, join_path_file
 import fastai.callback.schedule # noqa: F401 (adds fine_tune to Learner)
 from fastai.torch_core import get_model, rank_distrib
 import numpy as np
@@ -31,6 +32,7 @@ from .plan import check_options, check_request, hint_percent, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
+from .files import SavedFile, save_sparse as save_state
 
 # %% ../nbs/12_callback.ipynb #f4b7301b
 _separable = ('SGD','Adam','AdamW','NAdam','RAdam','RMSprop','Adagrad','Adadelta','Adamax','ASGD','Rprop')
@@ -384,3 +386,14 @@ def _rewind(self:SparsifyCallback, percent=None):
     self._holder.mask_state(self._optimizer_state())
     if self.save_tickets and percent is not None and rank_distrib() == 0:
         save_ticket(self.sparsifier.model, self.path/self.model_dir/'tickets' if self.save_tickets is True else Path(self.save_tickets), percent)
+
+# %% ../nbs/12_callback.ipynb #3f542c81
+@patch
+def save_sparse(self:Learner,
+    file:str|Path, # Name without an ending; the file will stand in `learn.path/learn.model_dir`
+    values:str|None=None, # 'float16' or 'bfloat16' rounds the kept values; None keeps every bit
+) -> SavedFile: # What was written; only the first process of a distributed run writes
+    "Write the weights to a file in which zeros take next to no room"
+    if rank_distrib(): return
+    path = join_path_file(file, self.path/self.model_dir, ext='.safetensors')
+    return save_state(get_model(self.model), path, values)
