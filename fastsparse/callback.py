@@ -39,14 +39,27 @@ _separable = ('SGD','Adam','AdamW','NAdam','RAdam','RMSprop','Adagrad','Adadelta
 
 def _elementwise(opt):
     "Whether `opt` steps every weight by itself, so that the gradient of a pruned one touches no other"
-    if isinstance(wrapped := getattr(opt, 'opt', None), torch.optim.Optimizer): return type(wrapped).__module__.startswith('torch.optim.') and type(wrapped).__name__ in _separable
+    if isinstance(wrapped := getattr(opt, 'opt', None), torch.optim.Optimizer):
+        return type(wrapped).__module__.startswith('torch.optim.') and type(wrapped).__name__ in _separable
     steps = [getattr(f, 'func', f) for f in opt.cbs] # some are partial functions
-    return all(getattr(f, '__module__', '') == 'fastai.optimizer' and f.__name__ not in ('larc_layer_lr','larc_step','lamb_step') for f in steps)
+    whole = ('larc_layer_lr','larc_step','lamb_step')
+    return all(getattr(f, '__module__', '') == 'fastai.optimizer' and f.__name__ not in whole for f in steps)
 
-_inner = [e for e in dir(event) if e.split('_')[-1] in ('batch','pred','loss','backward','step')] # what happens in every batch
+_inner = [e for e in dir(event) if e.split('_')[-1] in ('batch','pred','loss','backward','step')] # in every batch
 
-def _acts(cb, events): return any(hasattr(type(cb), e) or e in vars(cb) for e in events) or type(cb).__call__ is not Callback.__call__
+def _acts(cb, events):
+    "Whether `cb` does something at one of `events`"
+    return any(hasattr(type(cb), e) or e in vars(cb) for e in events) or type(cb).__call__ is not Callback.__call__
 
+# %% ../nbs/12_callback.ipynb #dcd98d6a
+def _stepped(learn):
+    "For a parameter, by `id`, the copy that is stepped in its place, and the slow copy that is averaged in"
+    copies,groups = {},[(cb.model_pgs, cb.master_pgs) for cb in learn.cbs if hasattr(cb, 'master_pgs')]
+    for models,masters in groups: copies |= {id(p): c for ps,cs in zip(models, masters) for p,c in zip(ps, cs)}
+    averages = getattr(learn.opt, 'slow_weights', None) or []
+    return copies,{id(p): c for ps,cs in zip(learn.opt.param_lists, averages) for p,c in zip(ps, cs)}
+
+# %% ../nbs/12_callback.ipynb #9f8ad2a7
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
     order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
@@ -71,58 +84,80 @@ class HoldingCallback(Callback):
         "The first epoch of training begins"
         self._holder,self._made_for_fit = self._made_for_fit,None
         others = [cb for cb in self.learn.cbs if not type(cb).__module__.startswith('fastsparse.')]
-        self._crowded = any(_acts(cb, _inner) for cb in others if type(cb) is Callback or not type(cb).__module__.startswith('fastai.'))
-        self._exposed = self._crowded or not _elementwise(self.opt) or any(_acts(cb, ('after_backward','before_step','after_step')) for cb in others)
+        strange = [cb for cb in others if type(cb) is Callback or not type(cb).__module__.startswith('fastai.')]
+        self._crowded = any(_acts(cb, _inner) for cb in strange)
+        between = any(_acts(cb, ('after_backward','before_step','after_step')) for cb in others)
+        self._exposed = self._crowded or not _elementwise(self.opt) or between
 
     _settled = True # masks will not change any more
     @property
     def _active(self): return self._holder is not None and not self.lock.locked()
 
-    def _optimizer_state(self):
-        "What the optimizer remembers of a parameter, and copies of it that are stepped instead or averaged in"
-        state,copies = getattr(self.opt, 'opt', self.opt).state,{}
-        for cb in self.learn.cbs:
-            if hasattr(cb, 'master_pgs'): copies |= {id(p): c for ps,cs in zip(cb.model_pgs, cb.master_pgs) for p,c in zip(ps, cs)}
-        slow = {id(p): c for ps,cs in zip(self.opt.param_lists, getattr(self.opt, 'slow_weights', None) or []) for p,c in zip(ps, cs)}
-        def of(p):
-            stepped = copies.get(id(p), p)
-            return {**state.get(stepped, {}), **({'copy': stepped} if stepped is not p else {}), **({'slow': slow[id(stepped)]} if id(stepped) in slow else {})}
-        return of
+# %% ../nbs/12_callback.ipynb #90de0832
+@patch
+def _optimizer_state(self:HoldingCallback):
+    "What the optimizer remembers of a parameter, and copies of it that are stepped instead or averaged in"
+    state,(copies,slow) = getattr(self.opt, 'opt', self.opt).state,_stepped(self.learn)
+    def of(p):
+        stepped,extra = copies.get(id(p), p),{}
+        if stepped is not p: extra['copy'] = stepped
+        if id(stepped) in slow: extra['slow'] = slow[id(stepped)]
+        return {**state.get(stepped, {}), **extra}
+    return of
 
-    def before_epoch(self):
-        if not self.lock.locked(): self._epoch = max(self._epoch+1, self.epoch) # a validation in the middle of a fit resets the Learner's
-    def before_train(self):
-        if self._made_for_fit is not None and not self.lock.locked(): self.begin()
-        if self._active: self._holder.mask_state(self._optimizer_state())
-    def before_batch(self):
-        if self._active and (self.iter == 0 or (self.training and self._crowded)): self._holder.apply_masks()
-    def after_backward(self):
-        if self._active and self._exposed: self._holder.mask_gradients()
-    def after_step(self):
-        if self._active: self._holder.apply_masks()
-    def before_validate(self):
-        if self._active: self._holder.apply_masks()
-    def after_epoch(self):
-        if not self._active: return
+# %% ../nbs/12_callback.ipynb #09949855
+@patch
+def before_epoch(self:HoldingCallback):
+    if self.lock.locked(): return # a validation in the middle of a fit resets the Learner's epoch
+    self._epoch = max(self._epoch+1, self.epoch)
+
+@patch
+def before_train(self:HoldingCallback):
+    if self._made_for_fit is not None and not self.lock.locked(): self.begin()
+    if self._active: self._holder.mask_state(self._optimizer_state())
+
+@patch
+def before_batch(self:HoldingCallback):
+    if self._active and (self.iter == 0 or (self.training and self._crowded)): self._holder.apply_masks()
+
+@patch
+def after_backward(self:HoldingCallback):
+    if self._active and self._exposed: self._holder.mask_gradients()
+
+@patch
+def after_step(self:HoldingCallback):
+    if self._active: self._holder.apply_masks()
+
+@patch
+def before_validate(self:HoldingCallback):
+    if self._active: self._holder.apply_masks()
+
+@patch
+def after_epoch(self:HoldingCallback):
+    if not self._active: return
+    self._holder.apply_masks()
+    self._holder.mask_state(self._optimizer_state())
+    if self._epoch == self.n_epoch-1 and self._settled: self.order = float('inf') # the last word in after_fit
+
+@patch
+def after_fit(self:HoldingCallback):
+    if self.lock.locked(): return
+    self.__dict__.pop('order', None)
+    if self._holder is not None and self.train_iter:
         self._holder.apply_masks()
         self._holder.mask_state(self._optimizer_state())
-        if self._epoch == self.n_epoch-1 and self._settled: self.order = float('inf') # the last word in after_fit
-    def after_fit(self):
-        if self.lock.locked(): return
-        self.__dict__.pop('order', None)
-        if self._holder is not None and self.train_iter:
-            self._holder.apply_masks()
-            self._holder.mask_state(self._optimizer_state())
-        self._holder = self._made_for_fit = None
+    self._holder = self._made_for_fit = None
 
+# %% ../nbs/12_callback.ipynb #62274f41
 class KeepSparsityCallback(HoldingCallback):
     "Keep what is zero when the fit starts, in every parameter of the model, and prune nothing"
 
 # %% ../nbs/12_callback.ipynb #16e2d254
 def _batches(learn):
     "The number of training batches that this epoch will have"
-    cuts = [cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)]
-    return next((i+1 for i in range(learn.n_iter) if i/learn.n_iter >= min(cuts)), learn.n_iter) if cuts else learn.n_iter
+    cut = min((cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)), default=None)
+    if cut is None: return learn.n_iter
+    return next((i+1 for i in range(learn.n_iter) if i/learn.n_iter >= cut), learn.n_iter)
 
 def _frozen_phase(learn):
     "Whether this fit is the first half of a `fine_tune` whose other half will follow"
@@ -138,7 +173,9 @@ def _frozen_phase(learn):
 # %% ../nbs/12_callback.ipynb #de6a9e4b
 class _Lost:
     "Stands, in a saved callback, for a setting that could not be saved"
-    def _tell(self, *_, **__): raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); make a new SparsifyCallback")
+    def _tell(self, *_, **__):
+        raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); "
+                           "make a new SparsifyCallback")
     __call__ = groups = _tell
     rounds = property(_tell)
 
@@ -147,41 +184,57 @@ def _saved(v): # an export must not fail, and leave the Learner half emptied, fo
     except Exception: return _Lost()
     return v
 
+# %% ../nbs/12_callback.ipynb #b5b78fbe
+def _check_numbers(update_every, rewind_epoch, lth, reset_end, save_tickets):
+    if update_every is not None and (type(update_every) is not int or update_every < 1):
+        raise ValueError(f"update_every={update_every!r} has to be a whole number of batches, at least 1; "
+                         "or None for about 100 updates in all")
+    for what,v in (('lth',lth), ('reset_end',reset_end)):
+        if not isinstance(v, bool): raise ValueError(f"{what}={v!r} has to be True or False")
+    if type(rewind_epoch) is not int or rewind_epoch < 0:
+        raise ValueError(f"rewind_epoch={rewind_epoch!r} has to be the number of an epoch, from 0")
+    is_flag = isinstance(save_tickets, bool)
+    if not (is_flag or isinstance(save_tickets, (str,Path))) or (not is_flag and Path(save_tickets).is_file()):
+        raise ValueError(f"save_tickets={save_tickets!r} has to be True, False or the path of a folder")
+
+def _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets):
+    if lth and not schedule.rounds:
+        raise ValueError(f"lth=True rewinds after each round of pruning, but {getattr(schedule.func, '__name__', schedule.func)} "
+                         "has no rounds; use schedule=iterative, one_shot or Schedule(Steps(5), 0.2)")
+    if rewind_epoch and not (lth or reset_end):
+        raise ValueError(f"rewind_epoch={rewind_epoch} says where to rewind to, but nothing rewinds; add lth=True or reset_end=True")
+    if save_tickets and not lth:
+        raise ValueError("save_tickets saves the ticket of each lottery round, but there are none; add lth=True")
+
+# %% ../nbs/12_callback.ipynb #b88e6070
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot','_resumed')
 
     @check_options
     def __init__(self,
-        sparsity:float|dict, # Percent of the targets' weights that shall be zero, from 0 to 100; with 'local' a dict {layer selector: percent}
+        sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' a dict {layer selector: percent}
         granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
-        update_every:int|None=None, # Batches from one update of the masks to the next while the schedule moves; None for about 100 updates in all; in shorter fits one in 4 batches, or 25 in all if that is more
-        layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
+        update_every:int|None=None, # Batches from one update of the masks to the next; None for about 100 in all, see above
+        layers=None, # Selector of the layers to prune, as in `fastsparse.select`; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense
         lth:bool=False, # Rewind the weights after each round (Frankle & Carbin 2019); needs a schedule with rounds
         rewind_epoch:int=0, # Epoch at whose start the values to rewind to are taken
         reset_end:bool=False, # Rewind at the end of the fit too, which leaves the ticket untrained
-        save_tickets:bool|str|Path=False, # Save the ticket of each round: True for `learn.path/learn.model_dir/tickets`, or a folder
+        save_tickets:bool|str|Path=False, # Save the ticket of each round in a folder; True: `learn.path/learn.model_dir/tickets`
     ):
-        granularity,method,criteria,schedule = as_granularity(granularity),as_method(method),as_criterion(criteria),as_schedule(schedule)
+        granularity,method = as_granularity(granularity),as_method(method)
+        criteria,schedule = as_criterion(criteria),as_schedule(schedule)
         check_request(hint_percent(sparsity), granularity, method, round_to)
         for what,selector in (('layers',layers), ('exclude',exclude)):
             if selector is not None: check_selector(selector, what)
-        if update_every is not None and (type(update_every) is not int or update_every < 1): raise ValueError(f"update_every={update_every!r} has to be a whole number of batches, at least 1; or None for about 100 updates in all")
-        for what,v in (('lth',lth), ('reset_end',reset_end)):
-            if not isinstance(v, bool): raise ValueError(f"{what}={v!r} has to be True or False")
-        if type(rewind_epoch) is not int or rewind_epoch < 0: raise ValueError(f"rewind_epoch={rewind_epoch!r} has to be the number of an epoch, from 0")
-        if not isinstance(save_tickets, (bool,str,Path)) or (not isinstance(save_tickets, bool) and Path(save_tickets).is_file()):
-            raise ValueError(f"save_tickets={save_tickets!r} has to be True, False or the path of a folder")
-        if lth and not schedule.rounds:
-            raise ValueError(f"lth=True rewinds after each round of pruning, but {getattr(schedule.func, '__name__', schedule.func)} has no rounds; use schedule=iterative, one_shot or Schedule(Steps(5), 0.2)")
-        if rewind_epoch and not (lth or reset_end): raise ValueError(f"rewind_epoch={rewind_epoch} says where to rewind to, but nothing rewinds; add lth=True or reset_end=True")
-        if save_tickets and not lth: raise ValueError("save_tickets saves the ticket of each lottery round, but there are none; add lth=True")
+        _check_numbers(update_every, rewind_epoch, lth, reset_end, save_tickets)
+        _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets)
         store_attr()
         self.history,self._said = [],set() # (position, percent) at each update of the masks; warnings
         self._init_state()
@@ -203,39 +256,46 @@ class SparsifyCallback(HoldingCallback):
     @property
     def _settled(self): return self._progress == self.schedule(1.)
 
-    # -- what a user reads
+# %% ../nbs/12_callback.ipynb #c34c8c38
+@patch(as_prop=True)
+def current_sparsity(self:SparsifyCallback) -> float: # Percent
+    "The zeros among the targets' weights, counted now"
+    return self._made().sparsity()
 
-    @property
-    def current_sparsity(self) -> float: # Percent
-        "The zeros among the targets' weights, counted now"
-        return self._made().sparsity()
-    @property
-    def report(self) -> SparsityReport: # A value that shows itself as a table
-        "What is zero now, counted layer by layer"
-        return self._made().report()
-    def state_dict(self) -> dict: # Tensors and numbers only
-        "The state of the `Sparsifier` and of its plan, to go on in another process"
-        return {**self._made().state_dict(), 'start': dict(self._start)}
-    def load_state_dict(self,
-        state:dict, # Made by `state_dict`
-    ):
-        "Start the next fit with the masks, and what the criterion remembers, of `state`"
-        self._resumed = dict(state)
-    def _made(self):
-        if self.sparsifier is None: raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
-        return self.sparsifier
+@patch(as_prop=True)
+def report(self:SparsifyCallback) -> SparsityReport: # A value that shows itself as a table
+    "What is zero now, counted layer by layer"
+    return self._made().report()
+
+@patch
+def state_dict(self:SparsifyCallback) -> dict: # Tensors and numbers only
+    "The state of the `Sparsifier` and of its plan, to go on in another process"
+    return {**self._made().state_dict(), 'start': dict(self._start)}
+
+@patch
+def load_state_dict(self:SparsifyCallback,
+    state:dict, # Made by `state_dict`
+):
+    "Start the next fit with the masks, and what the criterion remembers, of `state`"
+    self._resumed = dict(state)
+
+@patch
+def _made(self:SparsifyCallback):
+    if self.sparsifier is None:
+        raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
+    return self.sparsifier
 
 # %% ../nbs/12_callback.ipynb #cb282ec2
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
-    if self._made_for_fit is not None or self._holder is not None: self._add_column() # a validation in mid-fit makes the Recorder forget it
+    if self._made_for_fit is not None or self._holder is not None: self._add_column() # the Recorder forgets it in a validation
 
 @patch
 def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
-    sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude,
-                            trainable_only=not self._waits)
+    sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
+                            self.layers, self.exclude, trainable_only=not self._waits)
     self._check_alone(sparsifier)
     if (self.lth or self.reset_end) and not self._waits: self._check_rewind()
     start = None
@@ -245,12 +305,15 @@ def make_holder(self:SparsifyCallback):
     elif hasattr(self.learn, 'skip_to_epoch') and self.schedule(1.) < 1: start = {} # a schedule that falls began lower
     self._plan = sparsifier.plan(self.sparsity, self.round_to)
     if start is not None: self._plan = replace(self._plan, start={n: start.get(n, 0.) for n in self._plan.end})
-    if getattr(self.learn, 'n_epoch', None) == 0: self.sparsifier,self._start = sparsifier,self._plan.start # training will not begin
+    if getattr(self.learn, 'n_epoch', None) == 0: # training will not begin
+        self.sparsifier,self._start = sparsifier,self._plan.start
     return sparsifier
 
+# %% ../nbs/12_callback.ipynb #aa6c037e
 @patch
 def begin(self:SparsifyCallback):
-    if not self._made_for_fit.is_current(): self._made_for_fit = self.make_holder() # a later callback replaced layers, or made weights computed
+    if not self._made_for_fit.is_current(): # a later callback replaced layers, or made weights computed
+        self._made_for_fit = self.make_holder()
     HoldingCallback.begin(self)
     self.sparsifier,self._start,self._resumed,self._snapshot = self._holder,self._plan.start,None,None
     self._progress = 0.
@@ -268,10 +331,12 @@ def _tell_once(self:SparsifyCallback, messages):
 def _at_start(self:SparsifyCallback): # what somebody would want to know before training, not after it
     s,messages = self.sparsifier,self.sparsifier.flow_notes()
     if s.frozen:
-        messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, as they could not heal; learn.unfreeze() to prune all")
+        messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, as they could not heal; "
+                        "learn.unfreeze() to prune all")
     elif (reach := s.reach()) < 50:
         dense = '; '.join(f'{names}: {why}' for why,names in list(by_reason(s.left_dense, 2).items())[:3])
-        messages.append(f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; the others stay dense ({dense}); cb.sparsifier.left_dense has all")
+        messages.append(f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; the others stay dense ({dense}); "
+                        "cb.sparsifier.left_dense has all")
     return messages
 
 # %% ../nbs/12_callback.ipynb #7850e7a9
@@ -281,7 +346,8 @@ def _check_alone(self:SparsifyCallback, sparsifier):
     for cb in self.learn.cbs:
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
             if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.layer.weight) in mine]:
-                raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; each could undo or overshoot the other's target, so give each its own with layers= or exclude=")
+                raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; each could undo or "
+                                 "overshoot the other's target, so give each its own with layers= or exclude=")
 
 @patch
 def _add_column(self:SparsifyCallback):
@@ -303,7 +369,7 @@ def _agree(masks): # the first process decides: criteria may be random, or diffe
 def _position(self:SparsifyCallback): return (self._epoch + min((self.iter+1)/self._n_batches, 1.))/self.n_epoch
 
 @patch
-def _due(self:SparsifyCallback): # a function of the position alone, so that a resumed run updates where an uninterrupted one does
+def _due(self:SparsifyCallback): # by the position alone, so that a resumed run updates where an uninterrupted one does
     if self.schedule.rounds or self.schedule(self._position) == self.schedule(1.): return True
     moving = self.n_epoch*self._n_batches*(self.schedule.end_pct - self.schedule.start_pct) # batches
     every = self.update_every or max(round(moving/100), min(round(moving/25), 4), 1)
@@ -313,7 +379,8 @@ def _due(self:SparsifyCallback): # a function of the position alone, so that a r
 def _go_to(self:SparsifyCallback, position):
     progress = self.schedule(position)
     if progress == self._progress: return
-    if progress < self._progress or self.method not in (local, global_): self._holder.mask_state(self._optimizer_state()) # what returns starts afresh
+    if progress < self._progress or self.method not in (local, global_): # what returns starts afresh
+        self._holder.mask_state(self._optimizer_state())
     percent = self.sparsifier.advance(self._plan, progress, _agree)
     if self._exposed: self._holder.mask_state(self._optimizer_state())
     rose,self._progress = progress > self._progress,progress
@@ -331,7 +398,8 @@ def before_batch(self:SparsifyCallback):
 # %% ../nbs/12_callback.ipynb #4651d038
 @patch
 def after_validate(self:SparsifyCallback):
-    if self._active and hasattr(self.learn, 'recorder') and not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
+    if not self._active or not hasattr(self.learn, 'recorder'): return
+    if not self.recorder.cancel_valid: self.recorder.log.append(self.current_sparsity)
 
 @patch
 def _restart_trackers(self:SparsifyCallback):
@@ -349,7 +417,8 @@ def after_fit(self:SparsifyCallback):
     if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began
         if self.reset_end and self._snapshot: self._rewind()
         if self._progress != self.schedule(1.):
-            warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
+            warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; "
+                 f"train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
     trained = self._active and self.train_iter
     HoldingCallback.after_fit(self)
     if trained: self._compare()
@@ -360,32 +429,38 @@ def _compare(self:SparsifyCallback): # what masks say, and what is in the model
     planned,counted = self.sparsifier.planned(),self.current_sparsity
     other = getattr(m := get_model(self.learn.model), '_orig_mod', m) is not self.sparsifier.model
     if counted < planned - 1e-3 or other:
-        warn(f"the masks of this fit make {planned:.4g} % of its layers zero, but {counted:.4g} % are: " + (
-             "the Learner's model is another one now" if other else "layers were replaced, or weights changed after the last step")
-             + ", so what was trained last is not what this callback holds")
+        why = "the Learner's model is another one now" if other else "layers were replaced, or weights changed after the last step"
+        warn(f"the masks of this fit make {planned:.4g} % of its layers zero, but {counted:.4g} % are: {why}, "
+             "so what was trained last is not what this callback holds")
 
 # %% ../nbs/12_callback.ipynb #5507cd88
 @patch
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)
-    if self._active and (self.lth or self.reset_end) and not self._waits and self._epoch == self.rewind_epoch: self._snapshot = Snapshot(self.sparsifier.model, self.opt)
+    rewinds = (self.lth or self.reset_end) and not self._waits
+    if self._active and rewinds and self._epoch == self.rewind_epoch: self._snapshot = Snapshot(self.sparsifier.model, self.opt)
 
 @patch
 def _check_rewind(self:SparsifyCallback):
     if hasattr(self.learn, 'skip_to_epoch') and self.learn.skip_to_epoch._skip_to > self.rewind_epoch:
-        raise ValueError(f"this fit rewinds to epoch {self.rewind_epoch}, which is skipped by start_epoch={self.learn.skip_to_epoch._skip_to}; start earlier, or rewind to a later epoch")
-    if self.rewind_epoch >= max(self.n_epoch, 1): raise ValueError(f"rewind_epoch={self.rewind_epoch}, but this fit has only the epochs 0 to {self.n_epoch-1}")
+        raise ValueError(f"this fit rewinds to epoch {self.rewind_epoch}, which is skipped by "
+                         f"start_epoch={self.learn.skip_to_epoch._skip_to}; start earlier, or rewind to a later epoch")
+    if self.rewind_epoch >= max(self.n_epoch, 1):
+        raise ValueError(f"rewind_epoch={self.rewind_epoch}, but this fit has only the epochs 0 to {self.n_epoch-1}")
     if self.lth and self.rewind_epoch/max(self.n_epoch, 1) > self.schedule.start_pct:
-        raise ValueError(f"rewind_epoch={self.rewind_epoch} begins after the first round, at {self.schedule.start_pct:.0%} of {self.n_epoch} epochs; rewind to an earlier epoch or start the schedule later")
+        raise ValueError(f"rewind_epoch={self.rewind_epoch} begins after the first round, at {self.schedule.start_pct:.0%} of "
+                         f"{self.n_epoch} epochs; rewind to an earlier epoch or start the schedule later")
 
 @patch
 def _rewind(self:SparsifyCallback, percent=None):
-    if self._snapshot is None: raise RuntimeError(f"the values of epoch {self.rewind_epoch} to rewind to were not seen: that epoch was skipped")
+    if self._snapshot is None:
+        raise RuntimeError(f"the values of epoch {self.rewind_epoch} to rewind to were not seen: that epoch was skipped")
     self._snapshot.restore(self.sparsifier.model, self.opt)
     self.sparsifier.apply_masks()
     self._holder.mask_state(self._optimizer_state())
     if self.save_tickets and percent is not None and rank_distrib() == 0:
-        save_ticket(self.sparsifier.model, self.path/self.model_dir/'tickets' if self.save_tickets is True else Path(self.save_tickets), percent)
+        folder = self.path/self.model_dir/'tickets' if self.save_tickets is True else Path(self.save_tickets)
+        save_ticket(self.sparsifier.model, folder, percent)
 
 # %% ../nbs/12_callback.ipynb #3f542c81
 @patch

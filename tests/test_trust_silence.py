@@ -332,6 +332,15 @@ def test_what_is_excluded_is_excluded_by_tensor(how):
     assert list(Sparsifier(LM(), exclude=how).targets) == ['ff.weight']
 
 
+def test_any_tensor_of_what_is_excluded_is_excluded():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.fc, self.other = nn.RNN(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.fc.weight = self.rnn.weight_hh_l0
+    assert list(Sparsifier(Tied(), exclude=nn.RNN).targets) == ['other.weight']
+
+
 @pytest.mark.parametrize('layers,which', [([nn.LSTM, nn.Linear], 'LSTM'), (['rnn', 'ff'], "'rnn'"), (nn.LSTM, ''), ([lambda n, m: n == 'rnn', 'ff'], '<lambda>')])
 def test_a_selector_that_yields_nothing_is_refused_with_the_reason(layers, which):
     with pytest.raises(ValueError, match=rf'no layer to prune by weight.*{which}.*rnn.weight_ih_l0, rnn.weight_hh_l0: LSTM is not a prunable type of layer; register_layer'):
@@ -459,10 +468,11 @@ def test_a_tensor_that_keeps_its_values_in_a_way_of_its_own_is_left_dense_or_ref
     assert '0 is not counted' in str(sparsity_report(m))
 
 
-def test_complex_zeros_are_kept():
+@pytest.mark.parametrize('dtype', [torch.cfloat, torch.cdouble])
+def test_complex_zeros_are_kept(dtype):
     class Spectral(nn.Module):
-        def __init__(self): super().__init__(); self.w, self.f = nn.Parameter(torch.randn(64, 8, dtype=torch.cfloat)), nn.Linear(8, 10)
-        def forward(self, x): return self.f((x.flatten(1).to(torch.cfloat)@self.w).abs())
+        def __init__(self): super().__init__(); self.w, self.f = nn.Parameter(torch.randn(64, 8, dtype=dtype)), nn.Linear(8, 10)
+        def forward(self, x): return self.f((x.flatten(1).to(dtype)@self.w).abs().float())
     seed()
     m = Spectral()
     with torch.no_grad(): m.w[m.w.abs() < .8] = 0
@@ -483,22 +493,22 @@ def initialised(name):
 
 
 @pytest.mark.parametrize('name', ['identity', 'dirac', 'chance', 'both'])
-@pytest.mark.parametrize('granularity', ['weight', 'kernel'])
-def test_sparsity_0_trains_as_if_nobody_was_there(name, granularity):
+@pytest.mark.parametrize('granularity,schedule', [('weight', 'taper'), ('weight', 'one_shot'), ('kernel', 'taper')])
+def test_sparsity_0_trains_as_if_nobody_was_there(name, granularity, schedule):
     seed()
     model = initialised(name)
     plain, watched = learner(copy.deepcopy(model)), learner(model)
-    fit(plain, 2), fit(watched, 2, cbs=SparsifyCallback(0, granularity, layers=nn.Conv2d))
+    fit(plain, 2), fit(watched, 2, cbs=SparsifyCallback(0, granularity, layers=nn.Conv2d, schedule=schedule))
     assert same(state_of(plain.model), state_of(watched.model))
 
 
 @pytest.mark.parametrize('method', ['local', 'global'])
 @pytest.mark.parametrize('percent', [10, 50, 90])
-@pytest.mark.parametrize('name', ['identity', 'dirac', 'both'])
-def test_a_target_never_holds_more_than_it_says(name, percent, method):
+@pytest.mark.parametrize('name,schedule', [('identity', 'taper'), ('identity', 'one_shot'), ('dirac', 'taper'), ('both', 'one_shot')])
+def test_a_target_never_holds_more_than_it_says(name, percent, method, schedule):
     seed()
     model = initialised(name)
-    learn, cb, most = learner(model), SparsifyCallback(percent, method=method), []
+    learn, cb, most = learner(model), SparsifyCallback(percent, method=method, schedule=schedule), []
     total = sum(m.weight.numel() for m in model if isinstance(m, (nn.Conv2d, nn.Linear)))
     note = lambda learn: most.append(zeros(cb.sparsifier.masks)) # noqa: E731
     quietly(fit, learn, 2, cbs=[cb, On(before_batch=note, after_step=note, order=100)])
