@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
-from .mask import MaskHolder, Scores, bury, count, in_pieces, keep_mask, one_thread, spread
+from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_mask, one_thread, spread
 from .method import allocate, as_method, floors, global_, local
 from .select import by_reason, find_targets, select_layers, tensor_id
 from .plan import Plan, SparsityWarning, asked_and_got, check_options, check_request, difference, hint_percent, warn # noqa: F401 (the warning is part of what a user catches)
@@ -252,7 +252,7 @@ def _within(self:Sparsifier, start, end, method): # zeros that were taken over a
 @patch
 def _forget_untrue(self:Sparsifier, end, method):
     untrue = [t for t in map(self.targets.get, end) if t.name not in self._found and self._gone[t.name]
-              and bool((t.weight.bool() & ~self._on(self.masks, t.name, t.weight)).any())]
+              and not is_held(t.weight, self._on(self.masks, t.name, t.weight))]
     if not untrue: return
     held,asked = ({n: p*self.targets[n].weight.numel()/100 for n,p in ps.items()} for ps in ({n: self._percent(self.targets[n]) for n in end}, end))
     less = [t for t in untrue if (asked[t.name] < held[t.name] if method is local else sum(asked.values()) < sum(held.values()))]
@@ -287,12 +287,15 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
             if agree is not None: agree({t.name: mask})
             self.masks[t.name] = mask
     if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})
-    self._update_followers(returning=not self._found & set(plan.end))
-    self._found -= set(plan.end)
+    found = self._found & set(plan.end)
+    self._update_followers(returning=not found)
+    self._found -= found
     _made[self.model] = self.masks
     self._apply(set(plan.end))
     got = [k*s for k,s in zip(lost, step)]
-    if progress == 1: self._tell(plan, targets, got, [targets[i].layer_name for i in sorted(squeezed)], method, bound=any(k == n_-1 for k,n_ in zip(lost, n)))
+    if progress == 1:
+        self._tell(plan, targets, got, method, bound=any(k == n_-1 for k,n_ in zip(lost, n)), found=found or held - squeezed,
+                   squeezed=[targets[i].layer_name for i in sorted(squeezed)])
     return 100*sum(got)/sum(t.weight.numel() for t in targets)
 
 # %% ../nbs/09_sparsifier.ipynb #0243dc03
@@ -328,9 +331,9 @@ def _choose(scores, i, k, groups, held): # which groups a target keeps
 
 # %% ../nbs/09_sparsifier.ipynb #a1915b03
 @patch
-def _tell(self:Sparsifier, plan, targets, got, squeezed, method, bound): # what did not come as it was asked for
+def _tell(self:Sparsifier, plan, targets, got, method, bound, found, squeezed): # what did not come as it was asked for
     said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
-    sizes,zeros = [t.weight.numel() for t in targets],sum(t.weight.numel() - count(t.weight.bool()) for t in targets)
+    sizes,zeros = [t.weight.numel() for t in targets],sum(t.weight.numel() - count(t.weight.bool()) for t in targets) if found else 0
     if zeros - sum(got) > .01*sum(sizes) and not matters: # taken over, or never moved
         asked = sum(plan.end[t.name]*n/100 for t,n in zip(targets, sizes))
         said,matters = f"{asked_and_got(asked, zeros, sum(sizes))}: these zeros were there before, and those beyond {sum(got):,} are free to change",True
