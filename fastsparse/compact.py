@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/compact.html.md"""
 # %% auto #0
 __all__ = ['dead_classes', 'cut', 'merge_constants', 'relative_difference', 'TensorChange', 'Compacted', 'compact', 'rebuild']
 
-# %% ../nbs/10a_compact.ipynb #4284e83e
+# %% ../nbs/10a_compact.ipynb #0300d665
 import copy, html, math
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .flow import Flow, flow
 from .watch import call, map_tensors, named_tensors, plain, tensors_in, undisturbed, unwrap
 
-# %% ../nbs/10a_compact.ipynb #ce39ca16
+# %% ../nbs/10a_compact.ipynb #1b5b9589
 def dead_classes(
     f:Flow, # What was found out about a model
 ) -> set[int]: # Classes that make no difference to what the model returns
@@ -27,7 +27,7 @@ def dead_classes(
         gone -= {classes[0].item() for classes in empty}
     return gone
 
-# %% ../nbs/10a_compact.ipynb #bb15e3a3
+# %% ../nbs/10a_compact.ipynb #0578bfd7
 class _Sharing(TorchFunctionMode):
     "While it is on, a deep copy shares tensors"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -49,11 +49,10 @@ def _copied(model, memo): # memo: what stands in the place of what, by id
 def _twin(model, swap): # swap: id of a tensor to the one in its place
     with _Sharing(): return _copied(model, {id(t): swap.get(id(t), t) for t in [*model.parameters(), *model.buffers()]})
 
-def _clone(t):
-    new = t.detach().clone()
+def _like(t, new): # a parameter if `t` is one
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
-# %% ../nbs/10a_compact.ipynb #8f30f540
+# %% ../nbs/10a_compact.ipynb #9c357036
 def _resize_conv(m):
     a,b = m.weight.shape[:2]
     if m.groups > 1 and m.groups == m.in_channels and not m.transposed: m.groups = a//(m.out_channels//m.groups)
@@ -72,9 +71,9 @@ def _resize(m):
 def _cut_tensor(t, keep): # keep: {axis: entries}
     new = t.detach()
     for d,entries in keep.items(): new = new.index_select(d, entries.to(t.device))
-    for dim,form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if t.dim() == dim and t.is_contiguous(memory_format=form) and not t.is_contiguous(): new = new.contiguous(memory_format=form)
-    return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim(), torch.contiguous_format)
+    if t.is_contiguous(memory_format=form) and not t.is_contiguous(): new = new.contiguous(memory_format=form)
+    return _like(t, new)
 
 def cut(
     model:nn.Module, # Any model; it is not changed
@@ -96,13 +95,14 @@ def _swapped(model, swap):
         if any(id(t) in new for t in [*m._parameters.values(), *m._buffers.values()]): _resize(m)
     return small
 
-# %% ../nbs/10a_compact.ipynb #664f1efd
+# %% ../nbs/10a_compact.ipynb #cff968be
 def _constants(f): # for each class that is constant wherever it is read: {index of read: entry}
     places = {}
     for k,r in enumerate(f.reads):
         for i,c in enumerate(r.labels.tolist()): places.setdefault(c, []).append((k, i))
-    fit = lambda k,i: f.reads[k].weight is not None and math.isfinite(v := f.reads[k].known[i].item()) and v != 0
-    return {c: dict(at) for c,at in places.items() if c not in f.pinned and len(dict(at)) == len(at) and all(fit(k, i) for k,i in at)}
+    def fits(k, i): return f.reads[k].weight is not None and math.isfinite(v := f.reads[k].known[i].item()) and v != 0
+    once = {c: dict(at) for c,at in places.items() if c not in f.pinned and len(dict(at)) == len(at)}
+    return {c: at for c,at in once.items() if all(fits(*ki) for ki in at.items())}
 
 def merge_constants(
     model:nn.Module, # Any model; it is not changed
@@ -110,9 +110,10 @@ def merge_constants(
 ) -> nn.Module|None: # A copy in which some channels are not read any more; None if there are none to merge
     "Let one constant channel stand for all that are read by the same layers"
     sets,named,new = {},named_tensors(model),{}
-    for c,at in _constants(f).items(): sets.setdefault(tuple(at), []).append(at)
+    for at in _constants(f).values(): sets.setdefault(tuple(at), []).append(at)
     for reads,channels in sets.items():
         if len(channels) < 2: continue
+        channels.sort(key=lambda ch: -abs(f.reads[reads[0]].known[ch[reads[0]]].item())) # the largest stands for all
         for k in reads:
             r = f.reads[k]
             name,d = r.weight
@@ -123,24 +124,23 @@ def merge_constants(
     swap = {id(named[n]): nn.Parameter(w, named[n].requires_grad) for n,w in new.items()}
     return _twin(model, swap) if swap else None
 
-# %% ../nbs/10a_compact.ipynb #87845b8e
+# %% ../nbs/10a_compact.ipynb #4337d350
 _tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 def relative_difference(
     out, # What a model returned
     ref, # What it should be
-) -> float: # Largest difference by the largest number, in units of what rounding may do in that dtype; inf for another shape
+) -> float: # Largest difference by the largest number, in units of what rounding may do; inf for another shape
     "How far two outputs are apart; up to 1 is rounding"
     outs,refs,worst = list(tensors_in(out)),list(tensors_in(ref)),0.
     if len(outs) != len(refs): return math.inf
     for a,b in zip(outs, refs):
         if a.shape != b.shape or a.dtype != b.dtype: return math.inf
-        if not b.is_floating_point(): worst = max(worst, 0. if torch.equal(a, b) else math.inf); continue
-        a,b = a.double(),b.double()
-        strange = ~(a.isfinite() & b.isfinite())
-        if not (((a == b) | (a.isnan() & b.isnan())) | ~strange).all(): return math.inf
-        scale = b[~strange].abs().amax().item() if (~strange).any() else 0.
-        if (a != b)[~strange].any(): worst = max(worst, (a-b)[~strange].abs().amax().item()/max(scale, 1e-30)/_tolerance.get(outs[0].dtype, 1e-4))
+        same = (a == b) | (a != a) & (b != b) # infinities and NaN have to be the same
+        if same.all(): continue
+        a,b,tolerance = a.double(),b.double(),_tolerance.get(b.dtype, 0.)
+        if not (a.isfinite() & b.isfinite() | same).all() or not tolerance: return math.inf
+        worst = max(worst, (a-b)[~same].abs().amax().item()/max(b[b.isfinite()].abs().amax().item(), 1e-30)/tolerance)
     return worst
 
 def _random_like(t, seed):
@@ -165,12 +165,13 @@ class _Judge:
         worst = 0.
         for x,ref in self.cases:
             try: out = self.run(small, x)
-            except Exception as e: return f'the smaller model fails: {type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:160]}'
+            except Exception as e:
+                return f'the smaller model fails: {type(e).__name__}: {(str(e).strip().splitlines() or [""])[0][:160]}'
             worst = max(worst, relative_difference(out, ref))
             if not worst <= 1: return 'the outputs would differ'
         self.worst = worst
 
-# %% ../nbs/10a_compact.ipynb #c0a94ca2
+# %% ../nbs/10a_compact.ipynb #5358d3cd
 def _units(f, gone): # classes that touch the same axes go or stay together
     touched = {c: [] for c in gone}
     for key,classes in f.axes.items():
@@ -202,7 +203,7 @@ class _Search:
         if not first or not suspect: first = list(units)[:len(units)//2]
         return [{u: units[u] for u in first}, {u: c for u,c in units.items() if u not in first}]
 
-# %% ../nbs/10a_compact.ipynb #da776565
+# %% ../nbs/10a_compact.ipynb #b202a3da
 @dataclass(frozen=True)
 class TensorChange:
     "What became of one tensor"
@@ -231,23 +232,29 @@ class Compacted:
 
     def _rows(self):
         shown = lambda s: '×'.join(map(str, s))
-        for t in self.tensors: yield t.name,shown(t.before),shown(t.after) if t.after != t.before else '',f'{t.zeros}: {t.why}' if t.zeros else ''
+        for t in self.tensors:
+            yield (t.name, shown(t.before), shown(t.after) if t.after != t.before else '',
+                   f'{t.zeros}: {t.why}' if t.zeros else '')
 
     def _footer(self):
-        line = lambda what,a,b: f"{what} {a:,} before, {b:,} after" + (f", {a/b:.2f} times fewer" if b and b < a else '')
-        return [line('Weights', *self.weights) + '.', line('Multiply-adds on the example', *self.macs) + '.', *self.notes]
+        fewer = lambda a,b: f', {a/b:.2f} times fewer' if b and b < a else ''
+        line = lambda what,a,b: f'{what} {a:,} before, {b:,} after{fewer(a, b)}.'
+        return [line('Weights', *self.weights), line('Multiply-adds on the example', *self.macs), *self.notes]
 
     def __str__(self):
         rows = [self._columns, *self._rows()]
         widths = [max(map(len, col)) for col in zip(*rows)]
         line = lambda r: '  '.join(v.ljust(w) for v,w in zip(r, widths)).rstrip()
-        return '\n'.join([line(rows[0]), '-'*(sum(widths) + 2*(len(widths)-1)), *map(line, rows[1:]), '', *self._footer()])
+        rule = '-'*(sum(widths) + 2*(len(widths)-1))
+        return '\n'.join([line(rows[0]), rule, *map(line, rows[1:]), '', *self._footer()])
 
     def __repr__(self): return str(self)
 
     def _repr_html_(self):
-        row = lambda tag,r: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>' for v in r) + '</tr>'
-        return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{"".join(row("td", r) for r in self._rows())}</tbody></table>'
+        cell = lambda tag,v: f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>'
+        row = lambda tag,r: f'<tr>{"".join(cell(tag, v) for v in r)}</tr>'
+        body = ''.join(row('td', r) for r in self._rows())
+        return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{body}</tbody></table>'
                 + ''.join(f'<p><small>{html.escape(n)}</small></p>' for n in self._footer()))
 
     def to_dataframe(self): # A pandas DataFrame, one row for each tensor; needs pandas
@@ -255,9 +262,10 @@ class Compacted:
         import pandas as pd
         return pd.DataFrame([vars(t) for t in self.tensors])
 
-# %% ../nbs/10a_compact.ipynb #b08377bf
+# %% ../nbs/10a_compact.ipynb #bc2c5e53
 def _reasons(f, refused): # for each class the reason why it stays
-    whole = {c: refused[axes] for axes,classes in _units(f, dead_classes(f)).items() if axes in refused for c in classes}
+    units = _units(f, dead_classes(f))
+    whole = {c: refused[axes] for axes,classes in units.items() if axes in refused for c in classes}
     return {c: f'read by {where}' for c,where in f.alive().items()} | whole | f.pinned
 
 def _zero_outputs(classes, w, reasons): # outputs of which every weight is zero, and why they stay
@@ -268,32 +276,36 @@ def _zero_outputs(classes, w, reasons): # outputs of which every weight is zero,
 def _changes(model, small, f, refused):
     new,reasons = named_tensors(small),_reasons(f, refused)
     for name,t in model.named_parameters():
-        if t.dim() > 1:
-            yield TensorChange(name, tuple(t.shape), tuple(new[name].shape), *_zero_outputs(f.axes.get((name, 0)), new[name].detach(), reasons))
+        if t.dim() < 2: continue
+        w = new[name].detach()
+        yield TensorChange(name, tuple(t.shape), tuple(w.shape), *_zero_outputs(f.axes.get((name, 0)), w, reasons))
 
 def _notes(refused):
     for axes,why in refused.items():
         names = list(dict.fromkeys(n for n,_ in axes))
         yield f"Left whole: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({why})."
 
-# %% ../nbs/10a_compact.ipynb #1fa6cf79
+# %% ../nbs/10a_compact.ipynb #d3c2d712
 def _check_whole(model):
     for name,m in model.named_modules():
         for hook in m._forward_pre_hooks.values():
             if type(hook).__module__ == 'torch.nn.utils.prune':
-                raise ValueError(f"{name or 'the model'} has a mask of torch.nn.utils.prune; make it permanent first: torch.nn.utils.prune.remove(model.{name}, {hook._tensor_name!r})")
+                raise ValueError(f"{name or 'the model'} has a mask of torch.nn.utils.prune; make it permanent first: "
+                                 f"torch.nn.utils.prune.remove(model.{name}, {hook._tensor_name!r})")
 
 def _kept_from_forward(model, example): # attributes that a forward writes: what stands there now is an old activation
     before = {n: dict(vars(m)) for n,m in model.named_modules()}
     with undisturbed(model):
         call(model, example)
-        return [(n, k) for n,m in model.named_modules() for k,v in vars(m).items() if isinstance(v, torch.Tensor) and isinstance(before[n].get(k), torch.Tensor) and before[n][k] is not v]
+        now = [(n, k, v, before[n].get(k)) for n,m in model.named_modules() for k,v in vars(m).items()]
+        new = lambda v,was: isinstance(v, torch.Tensor) and isinstance(was, torch.Tensor) and v is not was
+        return [(n, k) for n,k,v,was in now if new(v, was)]
 
 def _own(small, model, kept): # a copy that shares no tensor with `model`
     theirs = {id(t) for t in named_tensors(model).values()}
     modules = dict(small.named_modules())
     for n,k in kept: vars(modules[n])[k] = None
-    memo = {id(t): _clone(t) if id(t) in theirs else t for t in named_tensors(small).values()}
+    memo = {id(t): _like(t, t.detach().clone()) if id(t) in theirs else t for t in named_tensors(small).values()}
     return _copied(small, memo)
 
 def compact(
@@ -316,19 +328,21 @@ def compact(
         small = search.small
         f = flow(small, example)
     kept = _kept_from_forward(model, example)
-    changes,count = tuple(_changes(model, small, f, refused)),lambda m: sum(p.numel() for p in m.parameters())
-    own = _own(_twin(small, {}), model, kept)
-    return Compacted(own, changes, (count(model), count(own)), (first.macs(), f.macs()), judge.worst, tuple(_notes(refused)))
+    changes,own = tuple(_changes(model, small, f, refused)),_own(_twin(small, {}), model, kept)
+    weights = tuple(sum(p.numel() for p in m.parameters()) for m in (model, own))
+    return Compacted(own, changes, weights, (first.macs(), f.macs()), judge.worst, tuple(_notes(refused)))
 
-# %% ../nbs/10a_compact.ipynb #7f2462dd
+# %% ../nbs/10a_compact.ipynb #de4f1c08
 def rebuild(
     model:nn.Module, # Built as the original was; changed in place
     shapes:dict[str,tuple[int,...]], # Of a compacted model, `compact(...).shapes`
 ) -> nn.Module: # The model, to load the `state_dict()` of the compacted one into
     "Give the tensors of `model` the shapes of a compacted model"
     named = named_tensors(model)
-    if set(shapes) != set(named): raise ValueError(f"the shapes are of another model: missing {sorted(set(named)-set(shapes))[:5]}, too many {sorted(set(shapes)-set(named))[:5]}")
-    new = {id(t): (nn.Parameter(t.new_zeros(shapes[n]), t.requires_grad) if isinstance(t, nn.Parameter) else t.new_zeros(shapes[n])) for n,t in named.items() if tuple(t.shape) != tuple(shapes[n])}
+    if set(shapes) != set(named):
+        raise ValueError(f"the shapes are of another model: missing {sorted(set(named)-set(shapes))[:5]}, "
+                         f"too many {sorted(set(shapes)-set(named))[:5]}")
+    new = {id(t): _like(t, t.new_zeros(shapes[n])) for n,t in named.items() if tuple(t.shape) != tuple(shapes[n])}
     for m in model.modules():
         changed = [(store, k) for store in (m._parameters, m._buffers) for k,t in store.items() if id(t) in new]
         for store,k in changed: store[k] = new[id(store[k])]

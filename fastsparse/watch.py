@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/watch.html.md"""
 __all__ = ['unwrap', 'tensors_in', 'map_tensors', 'call', 'written', 'undisturbed', 'Value', 'Op', 'Recording', 'named_tensors',
            'plain', 'shapes_in', 'watch']
 
-# %% ../nbs/06a_watch.ipynb #e63fed5d
+# %% ../nbs/06a_watch.ipynb #216734a5
 import copy, inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/06a_watch.ipynb #002e316f
+# %% ../nbs/06a_watch.ipynb #538c0468
 def unwrap(
     model:nn.Module, # A model, or a wrapper of one
 ) -> nn.Module: # The model inside
@@ -62,13 +62,14 @@ def call(
     by_keyword = all(k in names for k in example) or any(p.kind == p.VAR_KEYWORD for p in names.values())
     return model(**example) if by_keyword else model(example)
 
-# %% ../nbs/06a_watch.ipynb #7f1e7833
+# %% ../nbs/06a_watch.ipynb #c70115d1
 def written(
     func, # An operation of torch
     args:tuple, # Its arguments
 ) -> list: # Those that it writes into
     "The tensors that an operation changes in place"
-    return [t for a,x in zip(func._schema.arguments, args) if a.alias_info and a.alias_info.is_write for t in (x if isinstance(x, (list,tuple)) else [x])]
+    changed = [x for a,x in zip(func._schema.arguments, args) if a.alias_info and a.alias_info.is_write]
+    return [t for x in changed for t in (x if isinstance(x, (list,tuple)) else [x])]
 
 def _memory(t): return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
 
@@ -90,8 +91,7 @@ def _contents(m): return {k: (v, copy.copy(v) if type(v) in _boxes else None) fo
 
 def _refill(box, was):
     if type(box) is list: box[:] = was
-    elif box != was if type(box) is set else list(map(id, box.values())) != list(map(id, was.values())) or list(box) != list(was):
-        box.clear(); box.update(was)
+    else: box.clear(); box.update(was)
 
 def _restore(m, before):
     for k in [k for k in vars(m) if k not in before]: del vars(m)[k]
@@ -99,7 +99,7 @@ def _restore(m, before):
         if vars(m).get(k) is not v: vars(m)[k] = v
         if was is not None: _refill(v, was)
 
-# %% ../nbs/06a_watch.ipynb #98496550
+# %% ../nbs/06a_watch.ipynb #fc686b8f
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 @contextmanager
@@ -127,7 +127,7 @@ def undisturbed(
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)
 
-# %% ../nbs/06a_watch.ipynb #628727d7
+# %% ../nbs/06a_watch.ipynb #2b110432
 @dataclass(eq=False)
 class Value:
     "A tensor that was seen in a forward"
@@ -169,7 +169,8 @@ class Op:
     ): # What was given for it
         "An argument by its name"
         for i,a in enumerate(self.func._schema.arguments):
-            if a.name == arg: return self.args[i] if i < len(self.args) else self.kwargs.get(arg, a.default_value if a.has_default_value() else default)
+            if a.name != arg: continue
+            return self.args[i] if i < len(self.args) else self.kwargs.get(arg, a.default_value)
         return default
 
 def _values(x):
@@ -177,7 +178,7 @@ def _values(x):
     elif isinstance(x, (list,tuple,dict)):
         for o in (x.values() if isinstance(x, dict) else x): yield from _values(o)
 
-# %% ../nbs/06a_watch.ipynb #ea349f4c
+# %% ../nbs/06a_watch.ipynb #ccac97b9
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
     def __init__(self, named):
@@ -208,7 +209,7 @@ class _Recorder(TorchDispatchMode):
 
     def decision(self, op):
         raise _Decision(f"{op.where or 'the model'} reads a number out of a tensor that depends on the input ({op.name}), "
-                        "so that another input may go another way; take that part out of the model, and pass what is left")
+                        "so another input may go another way; take that part out of the model, and pass the rest")
 
 class _Decision(Exception): pass
 
@@ -217,12 +218,14 @@ def _whereabouts(model, where): # which module is running, while it is
     names = {m: n for n,m in model.named_modules()}
     def enter(m, args): where.append(names.get(m, where[-1]))
     def leave(m, args, out): where.pop()
-    hooks = [nn.modules.module.register_module_forward_pre_hook(enter), nn.modules.module.register_module_forward_hook(leave, always_call=True)]
+    everywhere = nn.modules.module
+    hooks = [everywhere.register_module_forward_pre_hook(enter),
+             everywhere.register_module_forward_hook(leave, always_call=True)]
     try: yield
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06a_watch.ipynb #84158aee
+# %% ../nbs/06a_watch.ipynb #d6e2edfc
 @dataclass(eq=False)
 class Recording:
     "One forward, written down"
@@ -237,18 +240,28 @@ def named_tensors(
     "Parameters and buffers of `model`"
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
-def _check(model, example):
+def _quantized(m): return 'quantized' in type(m).__module__ and 'qat' not in type(m).__module__
+
+def _check_model(model):
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module" + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
-    if example is None: raise ValueError("no example_input: pass what the model takes, such as torch.randn(1, 3, 224, 224), a tuple of arguments, or a dict")
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()): raise ValueError("a scripted model cannot be watched; pass the model from before torch.jit.script or trace, and script the result")
-    bad = next((n for n,m in model.named_modules() if 'quantized' in type(m).__module__ and 'qat' not in type(m).__module__), None)
-    if bad is not None: raise ValueError(f"{bad or 'the model'} is quantized; pass the model from before quantization, and quantize the result")
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()): raise ValueError("a lazy layer has no weights yet; run the model once first")
-    there = {t.device for t in named_tensors(model).values()}
-    wrong = next((t for t in tensors_in(example) if t.device not in there), None) if there else None
+        hint = '; did you mean learn.model?' if hasattr(model, 'model') else ''
+        raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module{hint}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError("a scripted model cannot be watched; pass the one from before torch.jit.script or trace")
+    if (bad := next((n for n,m in model.named_modules() if _quantized(m)), None)) is not None:
+        raise ValueError(f"{bad or 'the model'} is quantized; pass the model from before, and quantize the result")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("a lazy layer has no weights yet; run the model once first")
+
+def _check_example(model, example):
+    if example is None:
+        raise ValueError("no example_input: pass what the model takes, such as torch.randn(1, 3, 224, 224), "
+                         "a tuple of arguments, or a dict")
+    there = {str(t.device) for t in named_tensors(model).values()}
+    wrong = next((str(t.device) for t in tensors_in(example) if str(t.device) not in there), None) if there else None
     if wrong is not None:
-        raise ValueError(f"the example is on {wrong.device}, the model on {', '.join(map(str, there))}; move it there: example.to({str(next(iter(there)))!r})")
+        raise ValueError(f"the example is on {wrong}, the model on {', '.join(there)}; "
+                         f"move it there: example.to({min(there)!r})")
 
 def plain(
     example, # What a model takes
@@ -268,7 +281,8 @@ def watch(
 ) -> Recording: # The operations of one forward in eval mode
     "Write down what `model` does with `example_input`; the model is as it was afterwards"
     model = unwrap(model)
-    _check(model, example_input)
+    _check_model(model)
+    _check_example(model, example_input)
     example = plain(example_input)
     with undisturbed(model):
         rec = _Recorder(named_tensors(model))
@@ -277,5 +291,6 @@ def watch(
             with _whereabouts(model, rec.where), rec: out = call(model, example)
         except _Decision as e: raise ValueError(str(e)) from None
         except Exception as e:
-            raise ValueError(f"the model fails on the example ({shapes_in(example)}) in eval mode: {type(e).__name__}: {str(e)[:200]}; pass what it takes") from e
+            raise ValueError(f"the model fails on the example ({shapes_in(example)}) in eval mode: "
+                             f"{type(e).__name__}: {str(e)[:200]}; pass what it takes") from e
         return Recording(rec.ops, rec.named, inputs, [rec.value(t) for t in tensors_in(out)])
