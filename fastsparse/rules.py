@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/rules.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06c_rules.ipynb #14cb6656
+# %% ../nbs/06c_rules.ipynb #d8ee8402
 import math, operator
 from functools import reduce
 import torch
@@ -16,7 +16,7 @@ from .labels import (Contraction, Info, NoRule, Read, Reader, alike, flow_rule, 
                                unknown, varying)
 from .watch import Value, tensors_in
 
-# %% ../nbs/06c_rules.ipynb #4eed1dfc
+# %% ../nbs/06c_rules.ipynb #0f6a2c5f
 _identity = 'clone _to_copy contiguous alias detach lift_fresh view_as _conj resolve_conj dropout'.split()
 _layout = ('dtype','layout','device','pin_memory','memory_format','non_blocking')
 
@@ -50,11 +50,17 @@ def _as_strided(self, op):
 def _contiguous(shape): return [math.prod(shape[i+1:]) for i in range(len(shape))]
 
 @flow_rule('permute', 'transpose', 't', 'numpy_T', 'expand', 'unsqueeze', 'squeeze', 'movedim', 'swapaxes', 'repeat',
-           'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle', 'native_channel_shuffle')
+           'pixel_shuffle', 'pixel_unshuffle')
 def _move(self, op):
     x = op.args[0]
     moved = lambda t: alike(_run(op, lambda v: t.expand(v.shape)))
     return Info([self.split(L, moved(L)) for L in self.labels(x)], moved(self.known(x)))
+
+@flow_rule('channel_shuffle', 'native_channel_shuffle')
+def _channel_shuffle(self, op): # the same places of every group
+    for L in self.labels(op.args[0]):
+        if L.shape[1] > 1: self.couple(L.unflatten(1, (op.args[1], -1)), [1], reason(op))
+    return _move(self, op)
 
 @flow_rule('flip')
 def _flip(self, op):
@@ -86,7 +92,7 @@ def _pad(self, op):
         return Info([widen(L, 0) if any(L is a for a in among) else L for L in self.labels(x)], widen(K, value))
     return Info(self.labels(x), torch.where(K == value, K, nan) if dims else K)
 
-# %% ../nbs/06c_rules.ipynb #77b5e76b
+# %% ../nbs/06c_rules.ipynb #768b341c
 def _side_by_side(tensors, sizes, d): # of axis `d` these sizes, all other axes as the largest
     n = tensors[0].dim()
     most = [max(t.shape[i] for t in tensors) for i in range(n)]
@@ -137,7 +143,7 @@ def _index(self, op): # along the axes that are chosen from, the entries are tak
     chosen = lambda L: alike(_run(op, lambda v: L.expand(v.shape) if v is x else first.expand(v.shape)))
     return Info([chosen(L) for L in left], unknown(op.outs[0].ndim))
 
-# %% ../nbs/06c_rules.ipynb #00d2e8f0
+# %% ../nbs/06c_rules.ipynb #63828db9
 _random = 'bernoulli native_dropout rand_like randn_like normal uniform random exponential'.split()
 
 def _pointwise(self, op):
@@ -179,7 +185,7 @@ def _filled(self, op):
            'linspace', 'rand', 'randn')
 def _fresh(self, op): return None
 
-# %% ../nbs/06c_rules.ipynb #ee088e9f
+# %% ../nbs/06c_rules.ipynb #6147083d
 def _any(t, keep, size): # whether any element is True, for each place along the axis `keep`
     for d in range(t.dim()):
         if d != keep and t.shape[d] > 1: t = t.any(d, keepdim=True)
@@ -229,7 +235,7 @@ def _linear(self, op):
     self.contractions.append(Contraction(op.where, math.prod(op.outs[0].shape)*k, lx, lo))
     return Info(self.merge(operands, n, reason(op)), alike(K))
 
-# %% ../nbs/06c_rules.ipynb #6863c7c6
+# %% ../nbs/06c_rules.ipynb #a17610e6
 @flow_rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
 def _conv(self, op):
     x,w,b,groups = op.get('input'),op.get('weight'),op.get('bias'),op.get('groups')
@@ -278,7 +284,7 @@ def _embedding(self, op):
     K = torch.where((self.known(w) == 0).all(0), 0., nan).expand(w.shape[1]).view(shape)
     return Info([lo.view(shape)] if lo is not None else [], alike(K))
 
-# %% ../nbs/06c_rules.ipynb #357f288b
+# %% ../nbs/06c_rules.ipynb #efd42e8e
 @flow_rule('native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm', '_batch_norm_no_update',
            '_native_batch_norm_legit', '_native_batch_norm_legit_no_training')
 def _batch_norm(self, op):
@@ -332,9 +338,12 @@ def _reduce(self, op):
     dims = [d % x.ndim for d in ([dims] if isinstance(dims, int) else dims or range(x.ndim))]
     info = _sum(self, op, x, dims) if op.name == 'sum' else _only_beside(self, op, x, dims)
     if op.name not in ('sum','mean','amax','amin','max','min'): info = Info(info.labels, unknown(x.ndim))
-    if op.outs[0].ndim == x.ndim: return [info]*len(op.outs)
+    return [_without(info, dims, op.outs[0].ndim)]*len(op.outs)
+
+def _without(info, dims, ndim): # these axes, if the output has fewer
+    if ndim == info.known.dim(): return info
     drop = lambda t: t.reshape([s for d,s in enumerate(t.shape) if d not in dims])
-    return [Info([drop(L) for L in info.labels], drop(info.known))]*len(op.outs)
+    return Info([drop(L) for L in info.labels], drop(info.known))
 
 def _sum(self, op, x, dims): # a product with ones
     K = self.known(x)

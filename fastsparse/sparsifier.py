@@ -79,6 +79,7 @@ class Sparsifier(MaskHolder):
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense
+        example_input=None, # What the model takes; one forward on it shows what depends on whole outputs
     ):
         if not isinstance(model, nn.Module): raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module" + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
         model = getattr(model, '_orig_mod', model) # a compiled model shares everything with the original
@@ -91,7 +92,7 @@ class Sparsifier(MaskHolder):
         self._memory = {e: {t.name: t.weight.clone() for t in targets} for e in self._reads if e != 'generator'}
         self._followers,self._lost,self._following,self._aside,self.untraced = [],[],{},{},None
         if any(t.whole_outputs for t in targets):
-            self._followers,self._lost,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs})
+            self._followers,self._lost,self.untraced = find_followers(model, {t.name: t.layer for t in targets if t.whole_outputs}, example_input)
         self.refresh()
 
     def _like(self, t, mask): # as the weight lies in memory

@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/watch.html.md"""
 __all__ = ['unwrap', 'tensors_in', 'map_tensors', 'call', 'written', 'undisturbed', 'Value', 'Op', 'Recording', 'named_tensors',
            'plain', 'shapes_in', 'watch']
 
-# %% ../nbs/06a_watch.ipynb #216734a5
+# %% ../nbs/06a_watch.ipynb #3281d467
 import copy, inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/06a_watch.ipynb #538c0468
+# %% ../nbs/06a_watch.ipynb #4659cdbc
 def unwrap(
     model:nn.Module, # A model, or a wrapper of one
 ) -> nn.Module: # The model inside
@@ -62,7 +62,7 @@ def call(
     by_keyword = all(k in names for k in example) or any(p.kind == p.VAR_KEYWORD for p in names.values())
     return model(**example) if by_keyword else model(example)
 
-# %% ../nbs/06a_watch.ipynb #c70115d1
+# %% ../nbs/06a_watch.ipynb #26ae4e57
 def written(
     func, # An operation of torch
     args:tuple, # Its arguments
@@ -99,12 +99,13 @@ def _restore(m, before):
         if vars(m).get(k) is not v: vars(m)[k] = v
         if was is not None: _refill(v, was)
 
-# %% ../nbs/06a_watch.ipynb #fc686b8f
+# %% ../nbs/06a_watch.ipynb #acab76a9
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 @contextmanager
 def undisturbed(
     model:nn.Module, # Any model
+    training:bool=False, # Run it as it trains?
 ):
     "Run `model` here, in eval mode and without gradients; whatever happens, it and the random state are as they were"
     buffers = [(b, b.clone()) for b in model.buffers()] # a normalisation writes into them without saying so
@@ -117,7 +118,7 @@ def undisturbed(
         if hasattr(torch.compiler, 'set_stance'): stack.enter_context(torch.compiler.set_stance('force_eager'))
         try:
             torch.backends.mha.set_fastpath_enabled(False) # one operation for a whole layer shows nothing
-            model.eval()
+            model.train(training)
             with guard: yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -127,7 +128,7 @@ def undisturbed(
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)
 
-# %% ../nbs/06a_watch.ipynb #2b110432
+# %% ../nbs/06a_watch.ipynb #233e2c3c
 @dataclass(eq=False)
 class Value:
     "A tensor that was seen in a forward"
@@ -178,7 +179,7 @@ def _values(x):
     elif isinstance(x, (list,tuple,dict)):
         for o in (x.values() if isinstance(x, dict) else x): yield from _values(o)
 
-# %% ../nbs/06a_watch.ipynb #ccac97b9
+# %% ../nbs/06a_watch.ipynb #0a94b45b
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
     def __init__(self, named):
@@ -225,7 +226,7 @@ def _whereabouts(model, where): # which module is running, while it is
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06a_watch.ipynb #d6e2edfc
+# %% ../nbs/06a_watch.ipynb #bdae51d8
 @dataclass(eq=False)
 class Recording:
     "One forward, written down"
@@ -278,19 +279,20 @@ def shapes_in(
 def watch(
     model:nn.Module, # Any model that runs on the example
     example_input, # A tensor, a tuple of arguments, or a dict
-) -> Recording: # The operations of one forward in eval mode
+    training:bool=False, # Watch it as it trains?
+) -> Recording: # The operations of one forward
     "Write down what `model` does with `example_input`; the model is as it was afterwards"
     model = unwrap(model)
     _check_model(model)
     _check_example(model, example_input)
     example = plain(example_input)
-    with undisturbed(model):
+    with undisturbed(model, training):
         rec = _Recorder(named_tensors(model))
         inputs = [rec.value(t, from_input=True) for t in tensors_in(example)]
         try:
             with _whereabouts(model, rec.where), rec: out = call(model, example)
         except _Decision as e: raise ValueError(str(e)) from None
         except Exception as e:
-            raise ValueError(f"the model fails on the example ({shapes_in(example)}) in eval mode: "
+            raise ValueError(f"the model fails on the example ({shapes_in(example)}) in {'training' if training else 'eval'} mode: "
                              f"{type(e).__name__}: {str(e)[:200]}; pass what it takes") from e
         return Recording(rec.ops, rec.named, inputs, [rec.value(t) for t in tensors_in(out)])
