@@ -7,17 +7,17 @@ Docs: https://fastsparse.github.io/fastsparse/dependants.html.md"""
 # %% auto #0
 __all__ = ['native_forward', 'Way', 'Follower', 'find_followers']
 
-# %% ../nbs/06f_dependants.ipynb #ae7af80c
-import copy
+# %% ../nbs/06f_dependants.ipynb #e14fefed
+import operator
 from dataclasses import dataclass
 from functools import reduce
 import torch
 from torch import fx, nn
 from .granularity import layer_type, output_groups
 from .silence import Silence
-from .watch import named_tensors, watch
+from .watch import named_tensors, undisturbed, watch
 
-# %% ../nbs/06f_dependants.ipynb #7bd3bd69
+# %% ../nbs/06f_dependants.ipynb #687538e6
 @dataclass
 class _Channels:
     "For each channel of a tensor: the filters that have to be zero for it to be zero; None where nothing makes it zero"
@@ -43,40 +43,56 @@ def native_forward(
     m:nn.Module, # A layer
 ) -> bool: # False for a subclass with a `forward` of its own
     "Whether `m` computes what its class in torch does"
-    return type(m).forward.__module__.startswith('torch.')
+    return type(m).forward.__module__.startswith('torch.nn.modules.')
 
 def _require(found, tensor, needs): # in addition to what other uses of the same tensor need
     old = found.get(id(tensor), [frozenset()]*len(needs))
     found[id(tensor)] = [a | b if a is not None and b is not None else None for a,b in zip(old, needs)]
 
+def _is_batch_size(n, x): # x.size(0) or x.shape[0]
+    if not isinstance(n, fx.Node): return False
+    if n.target == 'size': return n.args == (x, 0)
+    of = n.args[0] if n.args else None
+    return n.target is operator.getitem and n.args[1] == 0 and isinstance(of, fx.Node) and of.args == (x, 'shape')
+
+def _from_attributes(n): # computed from parameters and buffers alone
+    return n.op == 'get_attr' or n.op.startswith('call') and n.op != 'call_module' and all(map(_from_attributes, n.all_input_nodes))
+
+def _place(node): # the module that a node belongs to
+    return node.target if node.op == 'call_module' else next(reversed(node.meta.get('nn_module_stack') or ['the model']))
+
 def _join(a, b):
     if a is None or b is None or (a.dim, a.flat, len(a.needs)) != (b.dim, b.flat, len(b.needs)): return None
     return _Channels([x | y if x is not None and y is not None else None for x,y in zip(a.needs, b.needs)], a.dim, a.flat)
 
-# %% ../nbs/06f_dependants.ipynb #80097d8e
+# %% ../nbs/06f_dependants.ipynb #3b8d67b4
 class _Flow:
     "Follow the channels of the filters in `names` through a traced model"
     def __init__(self, model, names):
         self.names,self.found,self.lost = names,{},[] # lost: norms whose input comes from filters, but in a way that is not known
-        # the copy shares every tensor and takes along whatever a forward may leave on its modules
-        twin = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
-        graph = _Tracer().trace(twin.train())
+        with undisturbed(model, training=True): graph = _Tracer().trace(model)
         self.at,unknown = {},set()
         for node in graph.nodes:
             arg = self.at.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-            if node.op == 'call_module': self.at[node] = self._module(twin.get_submodule(node.target), arg)
+            if node.op == 'call_module': self.at[node] = self._module(model.get_submodule(node.target), arg)
             elif node.op in ('call_function','call_method'):
                 name = getattr(node.target, '__name__', node.target)
                 self.at[node] = self._function(node, name, arg)
                 if (name.endswith('_') or name in _in_place) and isinstance(node.args[0], fx.Node): self.at[node.args[0]] = self.at[node]
             if self.at.get(node) is None and any(n in unknown or self._prunable(n) for n in node.all_input_nodes):
                 unknown.add(node)
-                if node.op == 'call_module' and isinstance(twin.get_submodule(node.target), _norms): self.lost.append(node.target)
+                if self._is_norm(model, node): self.lost.append(_place(node))
+
+    def _is_norm(self, model, node): # a module, a function, or a constant that is added
+        if node.op == 'call_module': return isinstance(model.get_submodule(node.target), _norms)
+        name = getattr(node.target, '__name__', node.target)
+        return name.endswith('_norm') or name in ('add','iadd','sub') and any(_from_attributes(n) for n in node.all_input_nodes)
 
     def _prunable(self, node): return self.at.get(node) is not None and any(self.at[node].needs)
 
     def _module(self, m, x):
         if layer_type(m) is not None:
+            if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): return None # where the outputs of others are is not known
             if 'weight' not in m._parameters or (out := output_groups(m)) is None: return None
             name = self.names.get(id(m._parameters.get('weight'))) if native_forward(m) else None
             return _Channels([frozenset([(name,i)]) if name else None for i in range(out.n)], -1 if isinstance(m, nn.Linear) else 1)
@@ -105,7 +121,7 @@ class _Flow:
             return x or (self.at.get(args[1]) if isinstance(args[1], fx.Node) else None)
         if name in ('cat','concat'): return self._cat(args[0], args[1] if len(args) > 1 else kw.get('dim', 0))
         if name == 'flatten' and (args[1:] in ((1,),(1,-1)) or kw == {'start_dim': 1}): return self._flatten(x)
-        if name in ('view','reshape') and len(args) == 3 and isinstance(args[1], fx.Node) and args[2] == -1: return self._flatten(x) # x.view(x.size(0), -1)
+        if name in ('view','reshape') and len(args) == 3 and args[2] == -1 and _is_batch_size(args[1], args[0]): return self._flatten(x)
         if name == 'mean' and x and x.dim == 1 and not x.flat and set(args[1] if len(args) > 1 and isinstance(args[1], (list,tuple)) else ()) in ({2,3},{-1,-2}): return x
         return None
 
@@ -114,7 +130,7 @@ class _Flow:
         if any(p is None or p.flat or p.dim != parts[0].dim for p in parts) or dim != parts[0].dim: return None
         return _Channels([n for p in parts for n in p.needs], dim)
 
-# %% ../nbs/06f_dependants.ipynb #5c11db0c
+# %% ../nbs/06f_dependants.ipynb #9a7dc547
 @dataclass
 class Way:
     "For each channel of a tensor, the filters that have to be zero together"
@@ -154,7 +170,7 @@ class Follower:
         dead = reduce(torch.logical_or, [w.dead(alive) for w in self.ways])
         return ~dead.view(self.tensor.shape).to(self.tensor.device)
 
-# %% ../nbs/06f_dependants.ipynb #4a4b5714
+# %% ../nbs/06f_dependants.ipynb #74ef9383
 def _way(needs): # for each channel a set of (target, filter), or None
     table = {}
     for channel,n in enumerate(needs):
@@ -195,9 +211,9 @@ def _watched(model, names, layers, example): # as it trains, so that all that is
     used = {v for op in rec.ops for v in op.ins}
     unused = {outer[n] for n,v in rec.named.items() if v not in used}
     biases = {n: ways for n,ways in _biases(model, names, {}).items() if n in unused}
-    return biases | found,list(dict.fromkeys(silence.lost))
+    return biases | found,silence.lost
 
-# %% ../nbs/06f_dependants.ipynb #f6c53591
+# %% ../nbs/06f_dependants.ipynb #0fa79805
 def find_followers(
     model:nn.Module, # Any model; it is as it was afterwards
     layers:dict[str,nn.Module], # Target names, and a layer that owns the weight

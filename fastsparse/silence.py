@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/silence.html.md"""
 # %% auto #0
 __all__ = ['Conditions', 'Silence']
 
-# %% ../nbs/06e_silence.ipynb #a307c1bc
+# %% ../nbs/06e_silence.ipynb #e865d2ed
 from functools import reduce
 import torch
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from .granularity import output_groups
 from .labels import Info, NoRule, Reader, alike, find_rule, lift, unknown, varying
 from .watch import Recording, Value
 
-# %% ../nbs/06e_silence.ipynb #8d3b1ce9
+# %% ../nbs/06e_silence.ipynb #cc8d77ec
 class Conditions:
     "A table of conditions, each known by its number"
     def __init__(self,
@@ -30,9 +30,8 @@ class Conditions:
         ways, # Sets of atoms
     ) -> int: # Its number
         "The condition that one of these ways is zero altogether"
-        ways = sorted(set(map(frozenset, ways)), key=lambda w: (len(w), sorted(w)))
-        kept = []
-        for w in ways:
+        ways,kept = set(map(frozenset, ways)),[]
+        for w in sorted(ways, key=lambda w: (len(w), sorted(w))) if len(ways) > 1 else ways:
             if not any(k <= w for k in kept): kept.append(w)
         key = frozenset(kept[:self.most])
         if key not in self.number: self.number[key] = len(self.table); self.table.append(key)
@@ -60,7 +59,7 @@ class Conditions:
         rows,back = torch.stack([t.reshape(-1) for t in tensors]).unique(dim=1, return_inverse=True)
         return torch.tensor([f(*r) for r in rows.t().tolist()], dtype=torch.long)[back].view(tensors[0].shape)
 
-# %% ../nbs/06e_silence.ipynb #ab1839b4
+# %% ../nbs/06e_silence.ipynb #b5862d82
 def _zeros(ndim): return torch.zeros((1,)*ndim, dtype=torch.long)
 
 class Silence(Reader):
@@ -70,11 +69,13 @@ class Silence(Reader):
         targets:dict[str,nn.Module], # Names of the weights that lose filters, and their layers
     ):
         self.info,self.at,self.stale,self.c = {},{},set(),Conditions()
-        self.targets,self.wanted,self.allowed,self.banned,self.lost = targets,set(),{},set(),[]
+        self.targets,self.wanted,self.allowed,self.banned,self.met = targets,set(),{},set(),{}
         self.roots,self.speaks = {},set() # parameters that a value was made of; values that come from filters
         for name,v in rec.named.items(): self._name(name, v)
         for op in rec.ops: self.step(op)
         for v in rec.outputs: self.ban(v)
+        self.answers = {}
+        self.lost = self.not_followed()
 
     def _name(self, name, v):
         cond,long = _zeros(v.ndim),varying(torch.empty(v.shape, device='meta'))
@@ -95,7 +96,7 @@ class Silence(Reader):
     def ban(self, *values): # nothing that these were made of may be changed
         for v in values: self.banned |= self.roots.get(v, set())
 
-# %% ../nbs/06e_silence.ipynb #6e5c64a7
+# %% ../nbs/06e_silence.ipynb #3035d368
 @patch
 def let(self:Silence, atom, condition): # `atom` may be zero under `condition`, and under what was said before
     self.allowed[atom] = self.c.both(self.allowed.get(atom, 1), condition)
@@ -108,7 +109,9 @@ def follow(self:Silence, cx, cs): # numbers of conditions, of the channel and of
     trigger = self.c.of([w for w in self.c.table[cx] if not w & way])
     for atom in way:
         if atom[0] not in self.targets: self.let(atom, trigger); self.wanted.add(atom)
-    return self.c.both(cx, self.c.of([way]))
+    out = self.c.both(cx, self.c.of([way]))
+    self.met.setdefault((cx, out), self.where)
+    return out
 
 @patch
 def followed(self:Silence, cx, parameters): # conditions of `cx`, and of what is added to it place by place
@@ -133,7 +136,7 @@ def silences(self:Silence, cx, v): # a product with `v` is zero where `v` is
         return self.c.either(x, p)
     return self.c.each(allow, cx, cv)
 
-# %% ../nbs/06e_silence.ipynb #56568aa5
+# %% ../nbs/06e_silence.ipynb #6c96fbf3
 _silent = {}
 
 def _silence_rule(*names):
@@ -172,7 +175,7 @@ def _masked_fill(self, op):
     if isinstance(op.args[2], Value) or op.args[2] != 0: raise NoRule
     return lift(self.cond(op.args[0]), (op.outs or op.writes)[0].ndim)
 
-# %% ../nbs/06e_silence.ipynb #0b5fb894
+# %% ../nbs/06e_silence.ipynb #9e52f0f8
 def _filters(self, w, groups, transposed): # the condition of each filter
     if w.from_input: return None
     c = self.cond(w)
@@ -211,10 +214,10 @@ def _linear(self, op):
     if out.any(): self.speaks.update(op.outs)
     return self.followed(out.view([1]*(x.ndim-1) + [-1]), [b] if b else [])
 
-# %% ../nbs/06e_silence.ipynb #c888e704
+# %% ../nbs/06e_silence.ipynb #36d87282
 def _normed(self, op, x, own, shape): # own: what has to follow
-    if x in self.speaks and not self.cond(x).any(): self.lost.append(op.where)
     cx = self.cond(x)
+    if x in self.speaks and not cx.any(): self.met[op.where] = op.where
     for p in own: self.ban_rest(p)
     cs = [self.cond(p).reshape(-1).expand(p.shape[0]).view(shape) for p in own]
     return self.c.each(self.follow, cx, reduce(lambda a,b: self.c.each(self.c.both, a, b), cs)) if cs else cx
@@ -234,7 +237,7 @@ def _layer_norm(self, op):
     if w.shape != (max(shape),): raise NoRule
     return [_normed(self, op, x, [p for p in (w, b) if p], shape)]
 
-# %% ../nbs/06e_silence.ipynb #d96f5a8f
+# %% ../nbs/06e_silence.ipynb #478e2f71
 @_silence_rule('cat', 'stack', 'concat')
 def _cat(self, op):
     n,new = op.outs[0].ndim,op.name == 'stack'
@@ -268,7 +271,7 @@ def _reduce(self, op):
 _moves = (rules._same_place, rules._view, rules._as_strided, rules._move, rules._channel_shuffle, rules._flip, rules._roll,
           rules._index, rules._pool, rules._pad)
 
-# %% ../nbs/06e_silence.ipynb #89bc5ba5
+# %% ../nbs/06e_silence.ipynb #594871ec
 @patch
 def borrowed(self:Silence, op): # a rule for labels that is right for conditions too
     rule = find_rule(op)
@@ -276,7 +279,7 @@ def borrowed(self:Silence, op): # a rule for labels that is right for conditions
 
 @patch
 def apply(self:Silence, op): # in the place of the rules for labels
-    rule = _silent.get(op.name) or self.borrowed(op)
+    rule,self.where = _silent.get(op.name) or self.borrowed(op),op.where
     if rule not in (_conv, _matmul, _linear) and any(v in self.speaks for v in op.ins): self.speaks.update(op.outs or op.writes)
     try:
         if rule is None: raise NoRule
@@ -288,16 +291,26 @@ def apply(self:Silence, op): # in the place of the rules for labels
         if not v.from_input: self.roots.setdefault(v, set()).update(*(self.roots.get(i, set()) for i in op.ins))
     return [Info([g], unknown(g.dim())) if isinstance(g, torch.Tensor) else g for g in (got if isinstance(got, list) else [got])]
 
-# %% ../nbs/06e_silence.ipynb #e88f4946
+# %% ../nbs/06e_silence.ipynb #81cb7c10
 @patch
 def when(self:Silence, atom, busy=frozenset()): # the condition of an atom, in terms of filters
-    if atom[0] in self.targets: return self.c.of([frozenset([atom])])
+    if atom[0] in self.targets: return self.c.of([[atom]])
     if atom in busy: return 1
     if atom not in self.wanted or atom[0] in self.banned: return 0
-    out = 0
-    for way in self.c.table[self.allowed[atom]]:
-        out = self.c.either(out, reduce(self.c.both, (self.when(a, busy | {atom}) for a in way), 1))
+    return self.solved(self.allowed[atom], busy | {atom})
+
+@patch
+def solved(self:Silence, condition, busy=frozenset()): # the same in terms of filters
+    if not busy and condition in self.answers: return self.answers[condition]
+    ways = (reduce(self.c.both, (self.when(a, busy) for a in way), 1) for way in self.c.table[condition])
+    out = reduce(self.c.either, ways, 0)
+    if not busy: self.answers[condition] = out
     return out
+
+@patch
+def not_followed(self:Silence): # modules behind which a channel speaks that was silent, or where nothing is known
+    spoken = lambda cx,out: self.solved(cx) != self.solved(out)
+    return list(dict.fromkeys(where for k,where in self.met.items() if isinstance(k, str) or spoken(*k)))
 
 @patch
 def followers(self:Silence) -> dict[str,list]: # Name of a parameter or buffer to the ways of each of its entries
