@@ -7,7 +7,8 @@ Docs: https://fastsparse.github.io/fastsparse/flow.html.md"""
 # %% auto #0
 __all__ = ['Flow', 'flow']
 
-# %% ../nbs/06d_flow.ipynb #f003dc5b
+# %% ../nbs/06d_flow.ipynb #bfc54741
+import math
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from . import rules # noqa: F401 (they register themselves)
 from .labels import Contraction, Read, Reader, components, varying
 from .watch import watch
 
-# %% ../nbs/06d_flow.ipynb #b6e10984
+# %% ../nbs/06d_flow.ipynb #1d917354
 @dataclass(eq=False)
 class Flow:
     "Which entries of which axes of parameters and buffers are one channel, and what keeps them"
@@ -24,6 +25,7 @@ class Flow:
     returned:frozenset # Classes that the model returns
     reads:list[Read] # Places where channels are summed over, labels are classes
     contractions:list[Contraction] # Convolutions and products, labels are classes
+    shapes:dict[str,tuple[int,...]] # Of each parameter
     suspects:frozenset=frozenset() # Classes of axes that were cut into pieces, of sizes that may be written in the code
 
     def outputs(self,
@@ -68,6 +70,13 @@ class Flow:
                 if c not in self.pinned: found.setdefault(c, {}).setdefault((name,d), []).append(i)
         return {c: [(n, d, i) for (n,d),i in at.items()] for c,at in found.items()}
 
+    def params(self,
+        gone:set=frozenset(), # Classes that are cut
+    ) -> int: # Of the whole model
+        "Parameters that are left without some classes"
+        left = lambda name,d: sum(c not in gone for c in self.axes[name,d].tolist())
+        return sum(math.prod(left(name, d) for d,s in enumerate(shape) if s > 1) for name,shape in self.shapes.items())
+
     def macs(self,
         gone:set=frozenset(), # Classes that are cut
     ) -> int: # On the example
@@ -75,7 +84,7 @@ class Flow:
         left = lambda labels: 1. if labels is None else 1 - sum(c in gone for c in labels.tolist())/len(labels)
         return round(sum(c.macs*left(c.reads)*left(c.gives) for c in self.contractions))
 
-# %% ../nbs/06d_flow.ipynb #182a15b1
+# %% ../nbs/06d_flow.ipynb #52ada0b5
 def _settle(reader): # joined labels, with what is left of a split axis a block again
     root = components(reader.n, torch.cat([torch.zeros(2, 0, dtype=torch.long), *reader.edges], 1))
     for L in reader.splits:
@@ -93,7 +102,8 @@ def flow(
 ) -> Flow: # What is one channel, and what is not free to go
     "Watch one forward of `model`, and follow every channel; the model is as it was afterwards"
     with torch.no_grad():
-        reader = Reader(watch(model, example_input))
+        rec = watch(model, example_input)
+        reader = Reader(rec)
         root = _settle(reader)
         pinned = {}
         for ids,why in reader.pins:
@@ -103,4 +113,5 @@ def flow(
         contractions = [Contraction(c.where, c.macs, named(c.reads), named(c.gives)) for c in reader.contractions]
         suspects = frozenset(c for L in reader.suspects for c in root[L].unique().tolist())
         axes,returned = {k: root[ids] for k,ids in reader.slots.items()},frozenset(root[reader.returned].tolist())
-        return Flow(axes, pinned, returned, reads, contractions, suspects)
+        shapes = {n: v.shape for n,v in rec.named.items() if isinstance(v.tensor, nn.Parameter)}
+        return Flow(axes, pinned, returned, reads, contractions, shapes, suspects)

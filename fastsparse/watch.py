@@ -8,8 +8,8 @@ Docs: https://fastsparse.github.io/fastsparse/watch.html.md"""
 __all__ = ['unwrap', 'tensors_in', 'map_tensors', 'call', 'written', 'undisturbed', 'Value', 'Op', 'Recording', 'named_tensors',
            'plain', 'shapes_in', 'watch']
 
-# %% ../nbs/06a_watch.ipynb #3281d467
-import copy, inspect, random
+# %% ../nbs/06a_watch.ipynb #85df5e90
+import inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/06a_watch.ipynb #4659cdbc
+# %% ../nbs/06a_watch.ipynb #a9a83daa
 def unwrap(
     model:nn.Module, # A model, or a wrapper of one
 ) -> nn.Module: # The model inside
@@ -62,7 +62,7 @@ def call(
     by_keyword = all(k in names for k in example) or any(p.kind == p.VAR_KEYWORD for p in names.values())
     return model(**example) if by_keyword else model(example)
 
-# %% ../nbs/06a_watch.ipynb #26ae4e57
+# %% ../nbs/06a_watch.ipynb #a80e7da7
 def written(
     func, # An operation of torch
     args:tuple, # Its arguments
@@ -87,7 +87,7 @@ class _Guard(TorchDispatchMode):
         for k,t in self.saved.items(): self.at[k].detach().copy_(t)
 
 _boxes = (dict, OrderedDict, list, set)
-def _contents(m): return {k: (v, copy.copy(v) if type(v) in _boxes else None) for k,v in vars(m).items()}
+def _contents(m): return {k: (v, v.copy() if type(v) in _boxes else None) for k,v in vars(m).items()}
 
 def _refill(box, was):
     if type(box) is list: box[:] = was
@@ -99,7 +99,7 @@ def _restore(m, before):
         if vars(m).get(k) is not v: vars(m)[k] = v
         if was is not None: _refill(v, was)
 
-# %% ../nbs/06a_watch.ipynb #acab76a9
+# %% ../nbs/06a_watch.ipynb #48f59bcc
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 @contextmanager
@@ -128,7 +128,7 @@ def undisturbed(
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)
 
-# %% ../nbs/06a_watch.ipynb #233e2c3c
+# %% ../nbs/06a_watch.ipynb #c7822fc5
 @dataclass(eq=False)
 class Value:
     "A tensor that was seen in a forward"
@@ -179,7 +179,7 @@ def _values(x):
     elif isinstance(x, (list,tuple,dict)):
         for o in (x.values() if isinstance(x, dict) else x): yield from _values(o)
 
-# %% ../nbs/06a_watch.ipynb #0a94b45b
+# %% ../nbs/06a_watch.ipynb #0f192c5b
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
     def __init__(self, named):
@@ -226,7 +226,7 @@ def _whereabouts(model, where): # which module is running, while it is
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06a_watch.ipynb #bdae51d8
+# %% ../nbs/06a_watch.ipynb #6da14d74
 @dataclass(eq=False)
 class Recording:
     "One forward, written down"

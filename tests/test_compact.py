@@ -410,3 +410,60 @@ def zero_groups(m, x, percent=50):
             for n, d, i in items: gone.setdefault((n, d), []).extend(i)
     for (n, d), i in gone.items():
         if n in named: named[n].index_fill_(d, torch.tensor(i), 0.)
+
+
+# fastai
+
+def learner(splitter=None):
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.optimizer import SGD
+    import fastsparse.learner  # noqa: F401
+    data = [(torch.randn(3, 8, 8), torch.tensor(i % 2)) for i in range(32)]
+    m = nn.Sequential(nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)))
+    kw = {} if splitter is None else dict(splitter=splitter)
+    return Learner(DataLoaders.from_dsets(data, data, bs=8, num_workers=0, device='cpu'), halve(m[0]) and m, nn.CrossEntropyLoss(), opt_func=SGD, **kw)
+
+
+def quiet_fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
+
+@pytest.mark.parametrize('fitted', [False, True])
+def test_a_learner_goes_on_with_the_smaller_model(fitted):
+    learn = learner(lambda m: [list(m[0].parameters()), list(m[1].parameters())])
+    if fitted:
+        learn.create_opt()
+        learn.freeze()
+    old = learn.model
+    seeds = torch.get_rng_state(), learn.dls.train.rng.getstate()
+    c = learn.compact()
+    assert torch.equal(seeds[0], torch.get_rng_state()) and seeds[1] == learn.dls.train.rng.getstate()
+    assert learn.model is c.model is not old and c.shapes['0.0.weight'] == (4, 3, 3, 3) and equal(old, c.model, image)
+    if fitted: assert learn.opt.frozen_idx == 1 and len(learn.opt.param_lists) == 2 and not learn.model[0][0].weight.requires_grad
+    before = copy.deepcopy(learn.model.state_dict())
+    quiet_fit(learn)
+    changed = {n for n, v in learn.model.state_dict().items() if not torch.equal(v, before[n])}
+    assert '1.2.weight' in changed and ('0.0.weight' in changed) != fitted
+
+
+def test_a_splitter_that_knows_the_old_parameters_is_refused():
+    learn = learner()
+    groups = [list(learn.model[0].parameters()), list(learn.model[1].parameters())]
+    learn.splitter, old = lambda m: groups, learn.model
+    with pytest.raises(ValueError, match='splitter'): learn.compact()
+    assert learn.model is old
+
+
+def test_heads_and_bodies_of_fastai():
+    import torchvision
+    from fastai.vision.learner import create_body, create_vision_model
+    from fastai.vision.models.unet import DynamicUnet
+    unet = stir(DynamicUnet(create_body(torchvision.models.resnet18(), n_in=3, pretrained=False), 2, (32, 32)))
+    unet(torch.randn(1, 3, 32, 32)) # its hooks hold a graph now
+    head = stir(create_vision_model(torchvision.models.resnet18, 5, pretrained=False))
+    for m in (unet, head):
+        x = torch.randn(1, 3, 32, 32)
+        zero_groups(m, x)
+        c = check(m, x)
+        assert c.weights[1] < .3*c.weights[0] and not c.notes
