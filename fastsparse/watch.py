@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/watch.html.md"""
 __all__ = ['unwrap', 'tensors_in', 'map_tensors', 'call', 'written', 'undisturbed', 'Value', 'Op', 'Recording', 'named_tensors',
            'plain', 'shapes_in', 'watch']
 
-# %% ../nbs/06a_watch.ipynb #85df5e90
+# %% ../nbs/06a_watch.ipynb #cc2b5ac4
 import inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/06a_watch.ipynb #a9a83daa
+# %% ../nbs/06a_watch.ipynb #0109a855
 def unwrap(
     model:nn.Module, # A model, or a wrapper of one
 ) -> nn.Module: # The model inside
@@ -62,7 +62,7 @@ def call(
     by_keyword = all(k in names for k in example) or any(p.kind == p.VAR_KEYWORD for p in names.values())
     return model(**example) if by_keyword else model(example)
 
-# %% ../nbs/06a_watch.ipynb #a80e7da7
+# %% ../nbs/06a_watch.ipynb #3c0f51f5
 def written(
     func, # An operation of torch
     args:tuple, # Its arguments
@@ -99,7 +99,7 @@ def _restore(m, before):
         if vars(m).get(k) is not v: vars(m)[k] = v
         if was is not None: _refill(v, was)
 
-# %% ../nbs/06a_watch.ipynb #48f59bcc
+# %% ../nbs/06a_watch.ipynb #4026c224
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 @contextmanager
@@ -128,7 +128,7 @@ def undisturbed(
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)
 
-# %% ../nbs/06a_watch.ipynb #c7822fc5
+# %% ../nbs/06a_watch.ipynb #402c596d
 @dataclass(eq=False)
 class Value:
     "A tensor that was seen in a forward"
@@ -179,7 +179,7 @@ def _values(x):
     elif isinstance(x, (list,tuple,dict)):
         for o in (x.values() if isinstance(x, dict) else x): yield from _values(o)
 
-# %% ../nbs/06a_watch.ipynb #0f192c5b
+# %% ../nbs/06a_watch.ipynb #d32b5b8e
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
     def __init__(self, named):
@@ -226,7 +226,7 @@ def _whereabouts(model, where): # which module is running, while it is
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06a_watch.ipynb #6da14d74
+# %% ../nbs/06a_watch.ipynb #c82339d3
 @dataclass(eq=False)
 class Recording:
     "One forward, written down"
