@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/watch.html.md"""
 __all__ = ['unwrap', 'tensors_in', 'map_tensors', 'call', 'written', 'undisturbed', 'Value', 'Op', 'Recording', 'named_tensors',
            'plain', 'shapes_in', 'watch']
 
-# %% ../nbs/06a_watch.ipynb #cc2b5ac4
+# %% ../nbs/06a_watch.ipynb #42610607
 import inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/06a_watch.ipynb #0109a855
+# %% ../nbs/06a_watch.ipynb #0b969f18
 def unwrap(
     model:nn.Module, # A model, or a wrapper of one
 ) -> nn.Module: # The model inside
@@ -62,7 +62,7 @@ def call(
     by_keyword = all(k in names for k in example) or any(p.kind == p.VAR_KEYWORD for p in names.values())
     return model(**example) if by_keyword else model(example)
 
-# %% ../nbs/06a_watch.ipynb #3c0f51f5
+# %% ../nbs/06a_watch.ipynb #0f268866
 def written(
     func, # An operation of torch
     args:tuple, # Its arguments
@@ -99,7 +99,7 @@ def _restore(m, before):
         if vars(m).get(k) is not v: vars(m)[k] = v
         if was is not None: _refill(v, was)
 
-# %% ../nbs/06a_watch.ipynb #4026c224
+# %% ../nbs/06a_watch.ipynb #65a4ece7
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 @contextmanager
@@ -128,7 +128,7 @@ def undisturbed(
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)
 
-# %% ../nbs/06a_watch.ipynb #402c596d
+# %% ../nbs/06a_watch.ipynb #e6397a9e
 @dataclass(eq=False)
 class Value:
     "A tensor that was seen in a forward"
@@ -179,12 +179,12 @@ def _values(x):
     elif isinstance(x, (list,tuple,dict)):
         for o in (x.values() if isinstance(x, dict) else x): yield from _values(o)
 
-# %% ../nbs/06a_watch.ipynb #d32b5b8e
+# %% ../nbs/06a_watch.ipynb #75f4c0f1
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
     def __init__(self, named):
         super().__init__()
-        self.ops,self.seen,self.alive,self.memory,self.where = [],{},[],{},['']
+        self.ops,self.seen,self.alive,self.memory,self.where,self.decided = [],{},[],{},[''],None
         self.named = {name: self.value(t, name=name, tensor=t) for name,t in named.items()}
 
     def value(self, t, **kw):
@@ -198,19 +198,21 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         ins = map_tensors(self.value, (args, kwargs))
+        if self.decided and any(v.name for v in _values(ins)): raise _Decision(self.decided)
         out = func(*args, **kwargs)
         from_input = any(v.from_input for v in _values(ins))
         outs = [self.value(t, from_input=from_input) for t in tensors_in(out)]
         writes = [self.value(t) for t in written(func, args)] if func._schema.is_mutable else []
         for v in writes: v.from_input |= from_input
         op = Op(func, tuple(ins[0]), ins[1], outs, self.where[-1], writes)
-        if from_input and op.name in ('_local_scalar_dense','is_nonzero','equal'): self.decision(op)
+        if from_input and op.name in ('_local_scalar_dense','is_nonzero','equal'): self.decide(op)
         self.ops.append(op)
         return out
 
-    def decision(self, op):
-        raise _Decision(f"{op.where or 'the model'} reads a number out of a tensor that depends on the input ({op.name}), "
-                        "so another input may go another way; take that part out of the model, and pass the rest")
+    def decide(self, op): # a branch may follow; it does no harm unless it leads to parameters
+        self.decided = (f"{op.where or 'the model'} reads a number out of a tensor that depends on the input, and uses "
+                        "parameters afterwards: another input may go another way; take that part out of the model, "
+                        "and pass the rest")
 
 class _Decision(Exception): pass
 
@@ -226,7 +228,7 @@ def _whereabouts(model, where): # which module is running, while it is
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06a_watch.ipynb #c82339d3
+# %% ../nbs/06a_watch.ipynb #5e8bab77
 @dataclass(eq=False)
 class Recording:
     "One forward, written down"
