@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/compact.html.md"""
 # %% auto #0
 __all__ = ['dead_classes', 'cut', 'merge_constants', 'relative_difference', 'TensorChange', 'Compacted', 'compact', 'rebuild']
 
-# %% ../nbs/10a_compact.ipynb #0300d665
+# %% ../nbs/10a_compact.ipynb #7927e276
 import copy, html, math
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .flow import Flow, flow
 from .watch import call, map_tensors, named_tensors, plain, tensors_in, undisturbed, unwrap
 
-# %% ../nbs/10a_compact.ipynb #1b5b9589
+# %% ../nbs/10a_compact.ipynb #cdcaa640
 def dead_classes(
     f:Flow, # What was found out about a model
 ) -> set[int]: # Classes that make no difference to what the model returns
@@ -27,7 +27,7 @@ def dead_classes(
         gone -= {classes[0].item() for classes in empty}
     return gone
 
-# %% ../nbs/10a_compact.ipynb #0578bfd7
+# %% ../nbs/10a_compact.ipynb #44ff461d
 class _Sharing(TorchFunctionMode):
     "While it is on, a deep copy shares tensors"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -52,7 +52,7 @@ def _twin(model, swap): # swap: id of a tensor to the one in its place
 def _like(t, new): # a parameter if `t` is one
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
-# %% ../nbs/10a_compact.ipynb #9c357036
+# %% ../nbs/10a_compact.ipynb #26df4f19
 def _resize_conv(m):
     a,b = m.weight.shape[:2]
     if m.groups > 1 and m.groups == m.in_channels and not m.transposed: m.groups = a//(m.out_channels//m.groups)
@@ -75,6 +75,7 @@ def _cut_tensor(t, keep): # keep: {axis: entries}
     if t.is_contiguous(memory_format=form) and not t.is_contiguous(): new = new.contiguous(memory_format=form)
     return _like(t, new)
 
+# %% ../nbs/10a_compact.ipynb #3d7b8f27
 def cut(
     model:nn.Module, # Any model; it is not changed
     f:Flow, # Its flow
@@ -95,7 +96,7 @@ def _swapped(model, swap):
         if any(id(t) in new for t in [*m._parameters.values(), *m._buffers.values()]): _resize(m)
     return small
 
-# %% ../nbs/10a_compact.ipynb #cff968be
+# %% ../nbs/10a_compact.ipynb #34d17146
 def _constants(f): # for each class that is constant wherever it is read: {index of read: entry}
     places = {}
     for k,r in enumerate(f.reads):
@@ -124,7 +125,7 @@ def merge_constants(
     swap = {id(named[n]): nn.Parameter(w, named[n].requires_grad) for n,w in new.items()}
     return _twin(model, swap) if swap else None
 
-# %% ../nbs/10a_compact.ipynb #4337d350
+# %% ../nbs/10a_compact.ipynb #9bbd9b50
 _tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 def relative_difference(
@@ -148,6 +149,7 @@ def _random_like(t, seed):
     if t.is_floating_point(): return torch.randn(t.shape, generator=g).to(t)
     return t.flatten()[torch.randperm(t.numel(), generator=g).to(t.device)].view(t.shape)
 
+# %% ../nbs/10a_compact.ipynb #c9ce9160
 class _Judge:
     "Knows the outputs of the original, and compares"
     def __init__(self, model, example):
@@ -171,7 +173,7 @@ class _Judge:
             if not worst <= 1: return 'the outputs would differ'
         self.worst = worst
 
-# %% ../nbs/10a_compact.ipynb #5358d3cd
+# %% ../nbs/10a_compact.ipynb #1d2e1b01
 def _units(f, gone): # classes that touch the same axes go or stay together
     touched = {c: [] for c in gone}
     for key,classes in f.axes.items():
@@ -203,7 +205,7 @@ class _Search:
         if not first or not suspect: first = list(units)[:len(units)//2]
         return [{u: units[u] for u in first}, {u: c for u,c in units.items() if u not in first}]
 
-# %% ../nbs/10a_compact.ipynb #b202a3da
+# %% ../nbs/10a_compact.ipynb #ef28c837
 @dataclass(frozen=True)
 class TensorChange:
     "What became of one tensor"
@@ -213,6 +215,7 @@ class TensorChange:
     zeros:int # Outputs that are zero, but stay
     why:str # Why they stay
 
+# %% ../nbs/10a_compact.ipynb #bca40212
 @dataclass(frozen=True, eq=False)
 class Compacted:
     "A smaller model, and what was done to get it"
@@ -262,7 +265,7 @@ class Compacted:
         import pandas as pd
         return pd.DataFrame([vars(t) for t in self.tensors])
 
-# %% ../nbs/10a_compact.ipynb #bc2c5e53
+# %% ../nbs/10a_compact.ipynb #3be8d97c
 def _reasons(f, refused): # for each class the reason why it stays
     units = _units(f, dead_classes(f))
     whole = {c: refused[axes] for axes,classes in units.items() if axes in refused for c in classes}
@@ -285,7 +288,7 @@ def _notes(refused):
         names = list(dict.fromkeys(n for n,_ in axes))
         yield f"Left whole: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({why})."
 
-# %% ../nbs/10a_compact.ipynb #d3c2d712
+# %% ../nbs/10a_compact.ipynb #9f103a35
 def _check_whole(model):
     for name,m in model.named_modules():
         for hook in m._forward_pre_hooks.values():
@@ -293,6 +296,7 @@ def _check_whole(model):
                 raise ValueError(f"{name or 'the model'} has a mask of torch.nn.utils.prune; make it permanent first: "
                                  f"torch.nn.utils.prune.remove(model.{name}, {hook._tensor_name!r})")
 
+# %% ../nbs/10a_compact.ipynb #16f022f1
 def _kept_from_forward(model, example): # attributes that a forward writes: what stands there now is an old activation
     before = {n: dict(vars(m)) for n,m in model.named_modules()}
     with undisturbed(model):
@@ -308,6 +312,7 @@ def _own(small, model, kept): # a copy that shares no tensor with `model`
     memo = {id(t): _like(t, t.detach().clone()) if id(t) in theirs else t for t in named_tensors(small).values()}
     return _copied(small, memo)
 
+# %% ../nbs/10a_compact.ipynb #ab7c30a1
 def compact(
     model:nn.Module, # Any model with channels that are zero; it is not changed
     example_input, # What it takes: a tensor, a tuple of arguments, or a dict
@@ -332,7 +337,7 @@ def compact(
     weights = tuple(sum(p.numel() for p in m.parameters()) for m in (model, own))
     return Compacted(own, changes, weights, (first.macs(), f.macs()), judge.worst, tuple(_notes(refused)))
 
-# %% ../nbs/10a_compact.ipynb #de4f1c08
+# %% ../nbs/10a_compact.ipynb #b01eacfb
 def rebuild(
     model:nn.Module, # Built as the original was; changed in place
     shapes:dict[str,tuple[int,...]], # Of a compacted model, `compact(...).shapes`

@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/dependants.html.md"""
 # %% auto #0
 __all__ = ['native_forward', 'Way', 'Follower', 'find_followers']
 
-# %% ../nbs/06f_dependants.ipynb #e14fefed
+# %% ../nbs/06f_dependants.ipynb #728579b6
 import operator
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +17,7 @@ from .granularity import layer_type, output_groups
 from .silence import Silence
 from .watch import named_tensors, undisturbed, watch
 
-# %% ../nbs/06f_dependants.ipynb #687538e6
+# %% ../nbs/06f_dependants.ipynb #eb6dbb6d
 @dataclass
 class _Channels:
     "For each channel of a tensor: the filters that have to be zero for it to be zero; None where nothing makes it zero"
@@ -65,7 +65,7 @@ def _join(a, b):
     if a is None or b is None or (a.dim, a.flat, len(a.needs)) != (b.dim, b.flat, len(b.needs)): return None
     return _Channels([x | y if x is not None and y is not None else None for x,y in zip(a.needs, b.needs)], a.dim, a.flat)
 
-# %% ../nbs/06f_dependants.ipynb #3b8d67b4
+# %% ../nbs/06f_dependants.ipynb #a0b0650b
 class _Flow:
     "Follow the channels of the filters in `names` through a traced model"
     def __init__(self, model, names):
@@ -130,7 +130,7 @@ class _Flow:
         if any(p is None or p.flat or p.dim != parts[0].dim for p in parts) or dim != parts[0].dim: return None
         return _Channels([n for p in parts for n in p.needs], dim)
 
-# %% ../nbs/06f_dependants.ipynb #9a7dc547
+# %% ../nbs/06f_dependants.ipynb #58af58e3
 @dataclass
 class Way:
     "For each channel of a tensor, the filters that have to be zero together"
@@ -145,6 +145,7 @@ class Way:
         for name,at in self.needs: dead &= (at < 0) | ~alive[name].cpu()[at.clamp(min=0)]
         return dead
 
+# %% ../nbs/06f_dependants.ipynb #ad71831b
 @dataclass
 class Follower:
     "A tensor with one entry for each channel, to be zero where its channel is pruned"
@@ -170,7 +171,7 @@ class Follower:
         dead = reduce(torch.logical_or, [w.dead(alive) for w in self.ways])
         return ~dead.view(self.tensor.shape).to(self.tensor.device)
 
-# %% ../nbs/06f_dependants.ipynb #74ef9383
+# %% ../nbs/06f_dependants.ipynb #59b571c2
 def _way(needs): # for each channel a set of (target, filter), or None
     table = {}
     for channel,n in enumerate(needs):
@@ -186,6 +187,7 @@ def _follower(name, layer, attr, ways): # ways: for each channel sets of (target
     ways = [sorted(filter(None, w), key=lambda n: (len(n), sorted(n))) for w in ways]
     return Follower(name, layer, attr, [_way([nth(w, k) for w in ways]) for k in range(most)]) if most else None
 
+# %% ../nbs/06f_dependants.ipynb #fa9967f2
 def _biases(model, names, found): # a bias of a target follows it, wherever it is used
     for m in model.modules():
         name = names.get(id(m._parameters.get('weight')))
@@ -213,7 +215,7 @@ def _watched(model, names, layers, example): # as it trains, so that all that is
     biases = {n: ways for n,ways in _biases(model, names, {}).items() if n in unused}
     return biases | found,silence.lost
 
-# %% ../nbs/06f_dependants.ipynb #0fa79805
+# %% ../nbs/06f_dependants.ipynb #592c1826
 def find_followers(
     model:nn.Module, # Any model; it is as it was afterwards
     layers:dict[str,nn.Module], # Target names, and a layer that owns the weight

@@ -7,16 +7,17 @@ Docs: https://fastsparse.github.io/fastsparse/flow.html.md"""
 # %% auto #0
 __all__ = ['Flow', 'flow']
 
-# %% ../nbs/06d_flow.ipynb #bfc54741
+# %% ../nbs/06d_flow.ipynb #62e3b2b5
 import math
 from dataclasses import dataclass
 import torch
+from fastcore.basics import patch
 from torch import nn
 from . import rules # noqa: F401 (they register themselves)
 from .labels import Contraction, Read, Reader, components, varying
 from .watch import watch
 
-# %% ../nbs/06d_flow.ipynb #1d917354
+# %% ../nbs/06d_flow.ipynb #305896b8
 @dataclass(eq=False)
 class Flow:
     "Which entries of which axes of parameters and buffers are one channel, and what keeps them"
@@ -62,29 +63,33 @@ class Flow:
             for c in r.labels[r.live].unique().tolist(): found.setdefault(c, r.where)
         return found
 
-    def groups(self) -> dict[int,list]: # Class to a list of (name, axis, entries)
-        "The classes that can go, each with all that goes with it"
-        found = {}
-        for (name,d),classes in self.axes.items():
-            for i,c in enumerate(classes.tolist()):
-                if c not in self.pinned: found.setdefault(c, {}).setdefault((name,d), []).append(i)
-        return {c: [(n, d, i) for (n,d),i in at.items()] for c,at in found.items()}
+# %% ../nbs/06d_flow.ipynb #be52e4f1
+@patch
+def groups(self:Flow) -> dict[int,list]: # Class to a list of (name, axis, entries)
+    "The classes that can go, each with all that goes with it"
+    found = {}
+    for (name,d),classes in self.axes.items():
+        for i,c in enumerate(classes.tolist()):
+            if c not in self.pinned: found.setdefault(c, {}).setdefault((name,d), []).append(i)
+    return {c: [(n, d, i) for (n,d),i in at.items()] for c,at in found.items()}
 
-    def params(self,
-        gone:set=frozenset(), # Classes that are cut
-    ) -> int: # Of the whole model
-        "Parameters that are left without some classes"
-        left = lambda name,d: sum(c not in gone for c in self.axes[name,d].tolist())
-        return sum(math.prod(left(name, d) for d,s in enumerate(shape) if s > 1) for name,shape in self.shapes.items())
+@patch
+def params(self:Flow,
+    gone:set=frozenset(), # Classes that are cut
+) -> int: # Of the whole model
+    "Parameters that are left without some classes"
+    left = lambda name,d: sum(c not in gone for c in self.axes[name,d].tolist())
+    return sum(math.prod(left(name, d) for d,s in enumerate(shape) if s > 1) for name,shape in self.shapes.items())
 
-    def macs(self,
-        gone:set=frozenset(), # Classes that are cut
-    ) -> int: # On the example
-        "Multiply-adds that are left without some classes"
-        left = lambda labels: 1. if labels is None else 1 - sum(c in gone for c in labels.tolist())/len(labels)
-        return round(sum(c.macs*left(c.reads)*left(c.gives) for c in self.contractions))
+@patch
+def macs(self:Flow,
+    gone:set=frozenset(), # Classes that are cut
+) -> int: # On the example
+    "Multiply-adds that are left without some classes"
+    left = lambda labels: 1. if labels is None else 1 - sum(c in gone for c in labels.tolist())/len(labels)
+    return round(sum(c.macs*left(c.reads)*left(c.gives) for c in self.contractions))
 
-# %% ../nbs/06d_flow.ipynb #52ada0b5
+# %% ../nbs/06d_flow.ipynb #32fdd855
 def _settle(reader): # joined labels, with what is left of a split axis a block again
     root = components(reader.n, torch.cat([torch.zeros(2, 0, dtype=torch.long), *reader.edges], 1))
     for L in reader.splits:

@@ -8,14 +8,14 @@ Docs: https://fastsparse.github.io/fastsparse/labels.html.md"""
 __all__ = ['nan', 'varying', 'alike', 'reshaped', 'components', 'Info', 'unknown', 'Read', 'Contraction', 'Reader', 'lift',
            'overlap', 'flow_rule', 'find_rule', 'NoRule', 'reason']
 
-# %% ../nbs/06b_labels.ipynb #c606bc35
+# %% ../nbs/06b_labels.ipynb #7c6051b5
 from dataclasses import dataclass
 from typing import Callable
 import torch
 from fastcore.basics import patch
 from .watch import Op, Recording
 
-# %% ../nbs/06b_labels.ipynb #3a105b03
+# %% ../nbs/06b_labels.ipynb #d6cda298
 def varying(
     t:torch.Tensor, # Describes another tensor
 ) -> list[int]: # Axes
@@ -53,7 +53,7 @@ def reshaped(
         after += new[j0:j] if some else [1]*(j-j0)
     return alike(t.expand(before).reshape(after))
 
-# %% ../nbs/06b_labels.ipynb #61076f38
+# %% ../nbs/06b_labels.ipynb #59ac9ca1
 def components(
     n:int, # Number of nodes
     edges:torch.Tensor, # Pairs of nodes, of shape (2, edges)
@@ -67,7 +67,7 @@ def components(
         root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), 'amin')
         while not torch.equal(up := root[root], root): root = up
 
-# %% ../nbs/06b_labels.ipynb #87c14e1b
+# %% ../nbs/06b_labels.ipynb #94726db6
 nan = float('nan')
 
 @dataclass
@@ -99,7 +99,7 @@ class Contraction:
     reads:torch.Tensor|None # The channels that it sums over, None if none can go
     gives:torch.Tensor|None # The channels that it gives, None if none can go
 
-# %% ../nbs/06b_labels.ipynb #5a57156f
+# %% ../nbs/06b_labels.ipynb #acb57e31
 class Reader:
     "Labels and known values of all values of a recording"
     def __init__(self,
@@ -140,7 +140,7 @@ class Reader:
     def known(self, v): return self.info[v].known if v in self.info else unknown(v.ndim)
     def beside(self, v): return [o for o in self.at.get(v.memory, ()) if o is not v] # on the same memory
 
-# %% ../nbs/06b_labels.ipynb #44c928de
+# %% ../nbs/06b_labels.ipynb #5e7de022
 @patch
 def pin(self:Reader, ids, why):
     ids = ids.unique()
@@ -180,7 +180,7 @@ def along(self:Reader, v, d): # known values along one axis, NaN if they depend 
     K = self.known(v)
     return K.reshape(-1).expand(v.shape[d]) if set(varying(K)) <= {d} else torch.full((v.shape[d],), nan)
 
-# %% ../nbs/06b_labels.ipynb #a3223e98
+# %% ../nbs/06b_labels.ipynb #3ffdb239
 def lift(
     t:torch.Tensor, # Any
     ndim:int, # Number of axes, at least as many as `t` has
@@ -216,7 +216,7 @@ def merge(self:Reader, operands, ndim, why): # operands: pairs of labels and sha
         merged.append(L)
     return merged
 
-# %% ../nbs/06b_labels.ipynb #565495f9
+# %% ../nbs/06b_labels.ipynb #4f4b7479
 _rules:dict[str,Callable] = {}
 
 def flow_rule(
@@ -243,6 +243,7 @@ def reason(
     "Name an operation, and the module that it belongs to"
     return f"{op.name} in {op.where}" if op.where else op.name
 
+# %% ../nbs/06b_labels.ipynb #03a233ed
 @patch
 def step(self:Reader, op): # take one operation into account
     for v in op.ins:

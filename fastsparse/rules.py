@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/rules.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06c_rules.ipynb #d8ee8402
+# %% ../nbs/06c_rules.ipynb #439356eb
 import math, operator
 from functools import reduce
 import torch
@@ -16,7 +16,7 @@ from .labels import (Contraction, Info, NoRule, Read, Reader, alike, flow_rule, 
                                unknown, varying)
 from .watch import Value, tensors_in
 
-# %% ../nbs/06c_rules.ipynb #0f6a2c5f
+# %% ../nbs/06c_rules.ipynb #e50af31f
 _identity = 'clone _to_copy contiguous alias detach lift_fresh view_as _conj resolve_conj dropout'.split()
 _layout = ('dtype','layout','device','pin_memory','memory_format','non_blocking')
 
@@ -41,6 +41,7 @@ def split(self:Reader, before, after): # one axis of channels may have become tw
     if [s for s in after.shape if s > 1] != [s for s in before.shape if s > 1]: self.suspects.append(after)
     return after
 
+# %% ../nbs/06c_rules.ipynb #d4feeba8
 @flow_rule('as_strided')
 def _as_strided(self, op):
     x,o = op.args[0],op.outs[0]
@@ -62,6 +63,7 @@ def _channel_shuffle(self, op): # the same places of every group
         if L.shape[1] > 1: self.couple(L.unflatten(1, (op.args[1], -1)), [1], reason(op))
     return _move(self, op)
 
+# %% ../nbs/06c_rules.ipynb #509b5c44
 @flow_rule('flip')
 def _flip(self, op):
     turn = lambda t: t.flip([d for d in op.args[1] if t.shape[d] > 1])
@@ -79,6 +81,7 @@ def _only_beside(self, op, x, dims): # what is done along `dims` changes nothing
     K = self.known(x)
     return Info(list(filter(beside, self.labels(x))), K if beside(K) else unknown(x.ndim))
 
+# %% ../nbs/06c_rules.ipynb #78502ed9
 @flow_rule('constant_pad_nd', *(f'{kind}_pad{d}d' for kind in ('reflection', 'replication') for d in (1,2,3)))
 def _pad(self, op):
     x,pad = op.args[0],list(op.args[1])
@@ -92,7 +95,7 @@ def _pad(self, op):
         return Info([widen(L, 0) if any(L is a for a in among) else L for L in self.labels(x)], widen(K, value))
     return Info(self.labels(x), torch.where(K == value, K, nan) if dims else K)
 
-# %% ../nbs/06c_rules.ipynb #768b341c
+# %% ../nbs/06c_rules.ipynb #75f8ad11
 def _side_by_side(tensors, sizes, d): # of axis `d` these sizes, all other axes as the largest
     n = tensors[0].dim()
     most = [max(t.shape[i] for t in tensors) for i in range(n)]
@@ -118,6 +121,7 @@ def _pieces(op, d, t): # of something that describes the operand
     full = lambda v: t.expand([s if k == d else t.shape[k] for k,s in enumerate(v.shape)])
     return [p if p.dim() == 0 else alike(p) for p in tensors_in(_run(op, full))]
 
+# %% ../nbs/06c_rules.ipynb #932d3609
 @flow_rule('slice', 'select', 'narrow', 'split', 'split_with_sizes', 'chunk', 'unbind',
            'unsafe_split', 'unsafe_split_with_sizes', 'unsafe_chunk')
 def _take(self, op):
@@ -134,6 +138,7 @@ def _take(self, op):
         for k,p in zip(kept, got): k.append(p)
     return [Info(k, K) for k,K in zip(kept, _pieces(op, d, self.known(x)))]
 
+# %% ../nbs/06c_rules.ipynb #ed10620f
 @flow_rule('index', 'index_select')
 def _index(self, op): # along the axes that are chosen from, the entries are taken by number
     x,first = op.args[0],torch.zeros((), dtype=torch.long)
@@ -143,7 +148,7 @@ def _index(self, op): # along the axes that are chosen from, the entries are tak
     chosen = lambda L: alike(_run(op, lambda v: L.expand(v.shape) if v is x else first.expand(v.shape)))
     return Info([chosen(L) for L in left], unknown(op.outs[0].ndim))
 
-# %% ../nbs/06c_rules.ipynb #63828db9
+# %% ../nbs/06c_rules.ipynb #c1324207
 _random = 'bernoulli native_dropout rand_like randn_like normal uniform random exponential'.split()
 
 def _pointwise(self, op):
@@ -164,8 +169,10 @@ def computed(self:Reader, op, n): # known value of an operation place by place
     K = torch.where(reduce(operator.or_, (k.isnan() for k in known.values())), nan, K.float())
     return torch.where(zero, 0., K)
 flow_rule('pointwise', *_random, 'prelu', '_prelu_kernel', 'hardswish', 'hardsigmoid', 'hardtanh', 'gelu', 'silu',
-          'mish', 'elu', 'celu', 'selu', 'leaky_relu', 'relu6', 'softplus', 'log_sigmoid_forward', 'where', 'add', 'mul')(_pointwise)
+          'mish', 'elu', 'celu', 'selu', 'leaky_relu', 'relu6', 'softplus', 'log_sigmoid_forward', 'where', 'add',
+          'mul')(_pointwise)
 
+# %% ../nbs/06c_rules.ipynb #f5a78762
 @flow_rule('copy')
 def _copy(self, op): # what was there is gone
     to,x = op.args[0],op.args[1]
@@ -185,7 +192,7 @@ def _filled(self, op):
            'linspace', 'rand', 'randn')
 def _fresh(self, op): return None
 
-# %% ../nbs/06c_rules.ipynb #6147083d
+# %% ../nbs/06c_rules.ipynb #41ae3c56
 def _any(t, keep, size): # whether any element is True, for each place along the axis `keep`
     for d in range(t.dim()):
         if d != keep and t.shape[d] > 1: t = t.any(d, keepdim=True)
@@ -200,6 +207,7 @@ def contract(self:Reader, op, w, lx, lw, live, known):
     weight = next((at for at,ids in self.slots.items() if at[0] == name and torch.equal(ids, lw)), None)
     self.reads.append(Read(op.where, lw, live, known, weight))
 
+# %% ../nbs/06c_rules.ipynb #185f7ec0
 @flow_rule('mm', 'addmm', 'bmm', 'baddbmm')
 def _matmul(self, op):
     bias,a,b = (None, *op.args) if len(op.args) == 2 else op.args[:3]
@@ -235,7 +243,7 @@ def _linear(self, op):
     self.contractions.append(Contraction(op.where, math.prod(op.outs[0].shape)*k, lx, lo))
     return Info(self.merge(operands, n, reason(op)), alike(K))
 
-# %% ../nbs/06c_rules.ipynb #a17610e6
+# %% ../nbs/06c_rules.ipynb #0144e9ef
 @flow_rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
 def _conv(self, op):
     x,w,b,groups = op.get('input'),op.get('weight'),op.get('bias'),op.get('groups')
@@ -258,6 +266,7 @@ def _conv(self, op):
     if b: out.append(([L.reshape(shape) for L in self.labels(b)], shape)); K = K + self.known(b)
     return Info(self.merge(out, x.ndim, why), alike(K.view(shape)))
 
+# %% ../nbs/06c_rules.ipynb #cb9ad4ed
 @patch
 def grouped(self:Reader, op, lx, li, lo, kx, used): # used: groups × outputs × inputs
     g,outs,per = used.shape
@@ -274,6 +283,7 @@ def grouped(self:Reader, op, lx, li, lo, kx, used): # used: groups × outputs ×
         if O is not None: self.couple(O, [0], why)
     return ~live.any(2).reshape(-1),lo
 
+# %% ../nbs/06c_rules.ipynb #a2fe47d8
 @flow_rule('embedding')
 def _embedding(self, op):
     w,n = op.args[0],op.outs[0].ndim
@@ -284,7 +294,7 @@ def _embedding(self, op):
     K = torch.where((self.known(w) == 0).all(0), 0., nan).expand(w.shape[1]).view(shape)
     return Info([lo.view(shape)] if lo is not None else [], alike(K))
 
-# %% ../nbs/06c_rules.ipynb #efd42e8e
+# %% ../nbs/06c_rules.ipynb #9d5e10e1
 @flow_rule('native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'batch_norm', '_batch_norm_no_update',
            '_native_batch_norm_legit', '_native_batch_norm_legit_no_training')
 def _batch_norm(self, op):
@@ -301,6 +311,7 @@ def _batch_norm(self, op):
     K = torch.where((w == 0) | (kx == 0) & mean.isnan(), b, (kx - mean)/(var + eps).sqrt()*w + b)
     return [Info(labels, alike(K.expand(x.shape[1]).reshape(shape)))]
 
+# %% ../nbs/06c_rules.ipynb #ebd39827
 @flow_rule('native_layer_norm', '_fused_rms_norm', 'rms_norm')
 def _layer_norm(self, op):
     x,k = op.args[0],len(op.args[1])
@@ -316,6 +327,7 @@ def _group_norm(self, op):
     self.forget(op.ins, f'{reason(op)} needs all channels of a group')
     return None
 
+# %% ../nbs/06c_rules.ipynb #2c42125e
 _same_constant = 'max_pool','upsample_nearest','adaptive' # what they make of a constant is this constant
 
 _pools = ('max_pool', 'mkldnn_max_pool', 'avg_pool', 'adaptive_avg_pool', '_adaptive_avg_pool', 'adaptive_max_pool',
@@ -329,6 +341,7 @@ def _pool(self, op):
     constant = any(s in op.name for s in _same_constant)
     return [Info(info.labels, info.known if constant else torch.where(info.known == 0, info.known, nan))]
 
+# %% ../nbs/06c_rules.ipynb #3b1543be
 @flow_rule('sum', 'mean', 'amax', 'amin', 'prod', 'any', 'all', 'var', 'std', 'var_mean', 'norm', 'linalg_vector_norm',
            'logsumexp', 'argmax', 'argmin', 'max', 'min', 'median', '_softmax', '_log_softmax', 'cumsum', 'cumprod',
            'sort')

@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/silence.html.md"""
 # %% auto #0
 __all__ = ['Conditions', 'Silence']
 
-# %% ../nbs/06e_silence.ipynb #e865d2ed
+# %% ../nbs/06e_silence.ipynb #e4344451
 from functools import reduce
 import torch
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from .granularity import output_groups
 from .labels import Info, NoRule, Reader, alike, find_rule, lift, unknown, varying
 from .watch import Recording, Value
 
-# %% ../nbs/06e_silence.ipynb #cc8d77ec
+# %% ../nbs/06e_silence.ipynb #acdd802a
 class Conditions:
     "A table of conditions, each known by its number"
     def __init__(self,
@@ -59,7 +59,7 @@ class Conditions:
         rows,back = torch.stack([t.reshape(-1) for t in tensors]).unique(dim=1, return_inverse=True)
         return torch.tensor([f(*r) for r in rows.t().tolist()], dtype=torch.long)[back].view(tensors[0].shape)
 
-# %% ../nbs/06e_silence.ipynb #b5862d82
+# %% ../nbs/06e_silence.ipynb #15efeb3d
 def _zeros(ndim): return torch.zeros((1,)*ndim, dtype=torch.long)
 
 class Silence(Reader):
@@ -96,7 +96,7 @@ class Silence(Reader):
     def ban(self, *values): # nothing that these were made of may be changed
         for v in values: self.banned |= self.roots.get(v, set())
 
-# %% ../nbs/06e_silence.ipynb #3035d368
+# %% ../nbs/06e_silence.ipynb #3839849e
 @patch
 def let(self:Silence, atom, condition): # `atom` may be zero under `condition`, and under what was said before
     self.allowed[atom] = self.c.both(self.allowed.get(atom, 1), condition)
@@ -120,6 +120,7 @@ def followed(self:Silence, cx, parameters): # conditions of `cx`, and of what is
     cs = reduce(lambda a,b: self.c.each(self.c.both, a, b), (lift(self.cond(v), cx.dim()) for v in parameters))
     return self.c.each(self.follow, cx, cs)
 
+# %% ../nbs/06e_silence.ipynb #1f4f0dc6
 @patch
 def ban_rest(self:Silence, v): # what `v` was made of, but cannot silence it
     atoms = {a[0] for n in self.cond(v).unique().tolist() for way in self.c.table[n] for a in way}
@@ -136,7 +137,7 @@ def silences(self:Silence, cx, v): # a product with `v` is zero where `v` is
         return self.c.either(x, p)
     return self.c.each(allow, cx, cv)
 
-# %% ../nbs/06e_silence.ipynb #6c96fbf3
+# %% ../nbs/06e_silence.ipynb #c86d0f42
 _silent = {}
 
 def _silence_rule(*names):
@@ -175,7 +176,7 @@ def _masked_fill(self, op):
     if isinstance(op.args[2], Value) or op.args[2] != 0: raise NoRule
     return lift(self.cond(op.args[0]), (op.outs or op.writes)[0].ndim)
 
-# %% ../nbs/06e_silence.ipynb #9e52f0f8
+# %% ../nbs/06e_silence.ipynb #186bbd97
 def _filters(self, w, groups, transposed): # the condition of each filter
     if w.from_input: return None
     c = self.cond(w)
@@ -185,7 +186,7 @@ def _filters(self, w, groups, transposed): # the condition of each filter
 
 @_silence_rule('convolution', '_convolution', 'cudnn_convolution', 'mkldnn_convolution')
 def _conv(self, op):
-    x,w,b,groups,transposed = op.get('input'),op.get('weight'),op.get('bias'),op.get('groups'),bool(op.get('transposed'))
+    x,w,b,groups,transposed = (op.get(a) for a in ('input', 'weight', 'bias', 'groups', 'transposed'))
     O,cx = op.outs[0].shape[1],self.cond(x)
     out = _filters(self, w, groups, transposed)
     if out is None: out = torch.zeros(O, dtype=torch.long)
@@ -196,6 +197,7 @@ def _conv(self, op):
         self.speaks.update(op.outs if x in self.speaks else ())
     return self.followed(out, [b] if b else []).view([1, O] + [1]*(x.ndim-2))
 
+# %% ../nbs/06e_silence.ipynb #44322977
 @_silence_rule('mm', 'addmm', 'bmm', 'baddbmm')
 def _matmul(self, op):
     bias,a,b = (None, *op.args) if len(op.args) == 2 else op.args[:3]
@@ -214,7 +216,7 @@ def _linear(self, op):
     if out.any(): self.speaks.update(op.outs)
     return self.followed(out.view([1]*(x.ndim-1) + [-1]), [b] if b else [])
 
-# %% ../nbs/06e_silence.ipynb #36d87282
+# %% ../nbs/06e_silence.ipynb #a9bbe7b1
 def _normed(self, op, x, own, shape): # own: what has to follow
     cx = self.cond(x)
     if x in self.speaks and not cx.any(): self.met[op.where] = op.where
@@ -237,7 +239,7 @@ def _layer_norm(self, op):
     if w.shape != (max(shape),): raise NoRule
     return [_normed(self, op, x, [p for p in (w, b) if p], shape)]
 
-# %% ../nbs/06e_silence.ipynb #478e2f71
+# %% ../nbs/06e_silence.ipynb #52dbe9db
 @_silence_rule('cat', 'stack', 'concat')
 def _cat(self, op):
     n,new = op.outs[0].ndim,op.name == 'stack'
@@ -268,10 +270,10 @@ def _reduce(self, op):
     dims = [d % x.ndim for d in ([dims] if isinstance(dims, int) else dims or range(x.ndim))]
     return rules._without(rules._only_beside(self, op, x, dims), dims, op.outs[0].ndim)
 
-_moves = (rules._same_place, rules._view, rules._as_strided, rules._move, rules._channel_shuffle, rules._flip, rules._roll,
-          rules._index, rules._pool, rules._pad)
+_moves = (rules._same_place, rules._view, rules._as_strided, rules._move, rules._channel_shuffle, rules._flip,
+          rules._roll, rules._index, rules._pool, rules._pad)
 
-# %% ../nbs/06e_silence.ipynb #594871ec
+# %% ../nbs/06e_silence.ipynb #8c3a92e1
 @patch
 def borrowed(self:Silence, op): # a rule for labels that is right for conditions too
     rule = find_rule(op)
@@ -280,7 +282,8 @@ def borrowed(self:Silence, op): # a rule for labels that is right for conditions
 @patch
 def apply(self:Silence, op): # in the place of the rules for labels
     rule,self.where = _silent.get(op.name) or self.borrowed(op),op.where
-    if rule not in (_conv, _matmul, _linear) and any(v in self.speaks for v in op.ins): self.speaks.update(op.outs or op.writes)
+    passes = rule not in (_conv, _matmul, _linear) and any(v in self.speaks for v in op.ins)
+    if passes: self.speaks.update(op.outs or op.writes)
     try:
         if rule is None: raise NoRule
         got = rule(self, op)
@@ -289,9 +292,10 @@ def apply(self:Silence, op): # in the place of the rules for labels
         got = []
     for v in op.outs or op.writes:
         if not v.from_input: self.roots.setdefault(v, set()).update(*(self.roots.get(i, set()) for i in op.ins))
-    return [Info([g], unknown(g.dim())) if isinstance(g, torch.Tensor) else g for g in (got if isinstance(got, list) else [got])]
+    info = lambda g: Info([g], unknown(g.dim())) if isinstance(g, torch.Tensor) else g
+    return [info(g) for g in (got if isinstance(got, list) else [got])]
 
-# %% ../nbs/06e_silence.ipynb #81cb7c10
+# %% ../nbs/06e_silence.ipynb #23db967c
 @patch
 def when(self:Silence, atom, busy=frozenset()): # the condition of an atom, in terms of filters
     if atom[0] in self.targets: return self.c.of([[atom]])

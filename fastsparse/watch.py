@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/watch.html.md"""
 __all__ = ['unwrap', 'tensors_in', 'map_tensors', 'call', 'written', 'undisturbed', 'Value', 'Op', 'Recording', 'named_tensors',
            'plain', 'shapes_in', 'watch']
 
-# %% ../nbs/06a_watch.ipynb #42610607
+# %% ../nbs/06a_watch.ipynb #1fc5cfa6
 import inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../nbs/06a_watch.ipynb #0b969f18
+# %% ../nbs/06a_watch.ipynb #02146247
 def unwrap(
     model:nn.Module, # A model, or a wrapper of one
 ) -> nn.Module: # The model inside
@@ -39,6 +39,7 @@ def tensors_in(
     if isinstance(x, (list,tuple,set,type({}.values()))):
         for o in x: yield from tensors_in(o)
 
+# %% ../nbs/06a_watch.ipynb #bc1c4d32
 def map_tensors(
     f, # Function of a tensor
     x, # Anything
@@ -51,6 +52,7 @@ def map_tensors(
         return type(x)(*items) if hasattr(x, '_fields') else type(x)(items)
     return x
 
+# %% ../nbs/06a_watch.ipynb #6e427c60
 def call(
     model:nn.Module, # The model to run
     example, # A tensor, a tuple of arguments, or a dict
@@ -62,7 +64,7 @@ def call(
     by_keyword = all(k in names for k in example) or any(p.kind == p.VAR_KEYWORD for p in names.values())
     return model(**example) if by_keyword else model(example)
 
-# %% ../nbs/06a_watch.ipynb #0f268866
+# %% ../nbs/06a_watch.ipynb #194614db
 def written(
     func, # An operation of torch
     args:tuple, # Its arguments
@@ -99,9 +101,10 @@ def _restore(m, before):
         if vars(m).get(k) is not v: vars(m)[k] = v
         if was is not None: _refill(v, was)
 
-# %% ../nbs/06a_watch.ipynb #65a4ece7
+# %% ../nbs/06a_watch.ipynb #abffe4a0
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
+# %% ../nbs/06a_watch.ipynb #ba8da6fc
 @contextmanager
 def undisturbed(
     model:nn.Module, # Any model
@@ -128,7 +131,7 @@ def undisturbed(
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)
 
-# %% ../nbs/06a_watch.ipynb #e6397a9e
+# %% ../nbs/06a_watch.ipynb #5647ca77
 @dataclass(eq=False)
 class Value:
     "A tensor that was seen in a forward"
@@ -143,6 +146,7 @@ class Value:
         "Number of axes"
         return len(self.shape)
 
+# %% ../nbs/06a_watch.ipynb #d48a8fee
 @dataclass(eq=False)
 class Op:
     "An operation of torch, with values in the place of tensors"
@@ -179,7 +183,7 @@ def _values(x):
     elif isinstance(x, (list,tuple,dict)):
         for o in (x.values() if isinstance(x, dict) else x): yield from _values(o)
 
-# %% ../nbs/06a_watch.ipynb #75f4c0f1
+# %% ../nbs/06a_watch.ipynb #3aa71c10
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
     def __init__(self, named):
@@ -214,6 +218,7 @@ class _Recorder(TorchDispatchMode):
                         "parameters afterwards: another input may go another way; take that part out of the model, "
                         "and pass the rest")
 
+# %% ../nbs/06a_watch.ipynb #dc03d0e6
 class _Decision(Exception): pass
 
 @contextmanager
@@ -228,7 +233,7 @@ def _whereabouts(model, where): # which module is running, while it is
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/06a_watch.ipynb #5e8bab77
+# %% ../nbs/06a_watch.ipynb #23d78317
 @dataclass(eq=False)
 class Recording:
     "One forward, written down"
@@ -243,6 +248,7 @@ def named_tensors(
     "Parameters and buffers of `model`"
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
+# %% ../nbs/06a_watch.ipynb #8af4423a
 def _quantized(m): return 'quantized' in type(m).__module__ and 'qat' not in type(m).__module__
 
 def _check_model(model):
@@ -266,6 +272,7 @@ def _check_example(model, example):
         raise ValueError(f"the example is on {wrong}, the model on {', '.join(there)}; "
                          f"move it there: example.to({min(there)!r})")
 
+# %% ../nbs/06a_watch.ipynb #2b475bd9
 def plain(
     example, # What a model takes
 ): # The same with plain tensors
@@ -278,6 +285,7 @@ def shapes_in(
     "The shapes of the tensors of an example, for a message"
     return ', '.join('×'.join(map(str, t.shape)) or 'a number' for t in tensors_in(example)) or repr(example)[:80]
 
+# %% ../nbs/06a_watch.ipynb #817a566b
 def watch(
     model:nn.Module, # Any model that runs on the example
     example_input, # A tensor, a tuple of arguments, or a dict
@@ -295,6 +303,7 @@ def watch(
             with _whereabouts(model, rec.where), rec: out = call(model, example)
         except _Decision as e: raise ValueError(str(e)) from None
         except Exception as e:
-            raise ValueError(f"the model fails on the example ({shapes_in(example)}) in {'training' if training else 'eval'} mode: "
+            mode = 'training' if training else 'eval'
+            raise ValueError(f"the model fails on the example ({shapes_in(example)}) in {mode} mode: "
                              f"{type(e).__name__}: {str(e)[:200]}; pass what it takes") from e
         return Recording(rec.ops, rec.named, inputs, [rec.value(t) for t in tensors_in(out)])
