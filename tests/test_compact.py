@@ -381,9 +381,8 @@ def test_the_report():
     assert c.to_dataframe().zeros.tolist() == [0, 4, 0] and 'times fewer' in str(c)
 
 
-@pytest.mark.parametrize('name, size', [('resnet18', 32), ('mobilenet_v3_small', 32), ('shufflenet_v2_x0_5', 32), ('regnet_y_400mf', 32)])
-@pytest.mark.parametrize('kind', ['filter', 'coupled'])
-def test_models(name, size, kind):
+@pytest.mark.parametrize('name, kind', [('resnet18', 'filter'), ('mobilenet_v3_small', 'filter'), ('shufflenet_v2_x0_5', 'coupled'), ('regnet_y_400mf', 'coupled')])
+def test_models(name, kind, size=32):
     import torchvision
     m = stir(getattr(torchvision.models, name)(weights=None))
     x = torch.randn(2, 3, size, size)
@@ -418,6 +417,7 @@ def learner(splitter=None):
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import SGD
+    import fastai.callback.progress  # noqa: F401
     import fastsparse.learner  # noqa: F401
     data = [(torch.randn(3, 8, 8), torch.tensor(i % 2)) for i in range(32)]
     m = nn.Sequential(nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)))
