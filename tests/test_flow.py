@@ -225,3 +225,36 @@ def test_numbers_read_out_of_parameters_are_no_decision():
         flow(nn.Sequential(branch, nn.Linear(3, 2)), x)
     f = flow(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), branch), x) # after all parameters it does no harm
     assert f.outputs('1.weight').all() and not f.stays('0.weight').any()
+
+
+def test_a_change_in_place_through_another_view_pins():
+    def write(m, x):
+        y = m.a(x)
+        y[:, :, 0].add_(1)
+        return m.b(y)
+    f = flow(Forward(write, a=conv(), b=conv(4, 2)), image)
+    assert f.stays('a.weight').all() and 'in place' in f.why('a.weight')
+
+
+def test_what_meets_places_without_a_channel_stays():
+    "A shortcut that is padded with zeros: the two new places are always there"
+    f = flow(Forward(lambda m, x: m.c(m.b(x) + F.pad(m.a(x), (0, 0, 0, 0, 1, 1))), a=conv(3, 2), b=conv(3, 4), c=conv(4, 2)), image)
+    assert f.stays('b.weight').tolist() == [True, False, False, True] and not f.stays('a.weight').any()
+
+
+def test_what_is_left_of_a_split_axis_is_a_block():
+    def shuffle(m, x):
+        y = m.a(x)
+        n, c, h, w = y.shape
+        return m.b(y.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w))
+    a = flow(Forward(shuffle, a=conv(3, 6), b=conv(6, 2)), image).axes['a.weight', 0]
+    assert torch.equal(a[:3], a[3:]) and len(a.unique()) == 3
+
+
+def test_a_pool_with_padding_keeps_no_constant_but_zero():
+    m = nn.Sequential(conv(), nn.AvgPool2d(3, 1, 1), conv(4, 2))
+    with torch.no_grad(): m[0].weight.zero_(), m[0].bias.copy_(torch.tensor([0., 1, 2, 0]))
+    assert [k == 0 for k in flow(m, image).reads[-1].known.tolist()] == [True, False, False, True]
+    assert flow(m, image).reads[-1].known[1:3].isnan().all()
+    m[1] = nn.MaxPool2d(3, 1, 1)
+    assert flow(m, image).reads[-1].known.tolist() == [0, 1, 2, 0]
