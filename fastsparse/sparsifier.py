@@ -96,6 +96,7 @@ class Sparsifier(MaskHolder):
         layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense, with all their tensors
         trainable_only:bool=False, # Prune nothing of which the weight is frozen (`requires_grad=False`); zeros that it has are held
+        example_input=None, # What the model takes: a tensor, tuple or dict; one forward on it shows what depends on whole outputs
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module" + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
@@ -108,13 +109,17 @@ class Sparsifier(MaskHolder):
         if len(self.frozen) == len(targets): raise ValueError("all layers to prune are frozen (requires_grad=False); unfreeze some, as with learn.unfreeze()")
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads = evidence_of(self.criteria)
-        self._followers,self._lost,self.untraced = [],[],None
-        if outputs := {t.name: t.layer for t in targets if t.whole_outputs}: self._followers,self._lost,self.untraced = find_followers(model, outputs)
+        self._follow(example_input)
         self.reset()
 
 _frozen = 'frozen (requires_grad=False), so what is pruned there could not heal'
 
 # %% ../nbs/09_sparsifier.ipynb #1f080fc6
+@patch
+def _follow(self:Sparsifier, example_input=None): # what goes with whole outputs
+    outputs = {n: t.layer for n,t in self.targets.items() if t.whole_outputs}
+    self._followers,self._lost,self.untraced = find_followers(self.model, outputs, example_input) if outputs else ([], [], None)
+
 @patch
 def reset(self:Sparsifier):
     "Forget all masks, as a new `Sparsifier` would: what is zero now is taken over, nothing else is known; for weights that were loaded back"
@@ -373,7 +378,7 @@ def pairs(self:Sparsifier,
             if 'weight' not in t.layer._parameters: self._check_current([t])
             yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
     for f in self._followers:
-        if f.name in self._following and (names is None or names & {n for n,_ in f.needs}): yield f.tensor, self._on(self._following, f.name, f.tensor)
+        if f.name in self._following and (names is None or names & set(f.targets)): yield f.tensor, self._on(self._following, f.name, f.tensor)
 
 @patch
 def apply_masks(self:Sparsifier):

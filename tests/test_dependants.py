@@ -372,10 +372,6 @@ class Branch(nn.Module):
         return self.bn(-self.conv(x))
 
 
-class Uncopyable(nn.Sequential):
-    def __deepcopy__(self, memo): raise RuntimeError('never\ncopy me')
-
-
 def test_where_the_flow_cannot_be_traced_nothing_is_guessed_and_the_report_says_so():
     model = Branch()
     s = sparsify(model)
@@ -385,7 +381,8 @@ def test_where_the_flow_cannot_be_traced_nothing_is_guessed_and_the_report_says_
 
 
 def test_the_reason_is_one_line():
-    _, _, why = find_followers(m := Uncopyable(nn.Conv2d(2, 4, 1)), {'0.weight': m[0]})
+    def fail(m, x): raise RuntimeError('never\nrun me')
+    _, _, why = find_followers(m := Net(fail, conv=nn.Conv2d(2, 4, 1)), {'conv.weight': m.conv})
     assert why == 'RuntimeError: never'
 
 
@@ -470,3 +467,154 @@ def test_a_batchnorm_that_is_replaced_by_its_synchronised_form_still_follows():
     dead = ~s.masks['0.weight'].flatten(1).any(1)
     assert isinstance(model[1], nn.SyncBatchNorm) and not model[1].weight[dead].any() and not model[1].bias[dead].any()
     assert {f.name for f in Sparsifier(model, 'filter')._followers} == {'0.bias', '1.weight', '1.bias'}
+
+
+# with an example, the forward is watched
+
+def followed(model, x, percent=50, layers=None):
+    stir(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SparsityWarning)
+        s = Sparsifier(model, 'filter' if layers is None or x.dim() > 3 else 'row', 'local', layers=layers, example_input=x)
+        s.prune_model(percent)
+    assert s.untraced is None
+    return s
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v2', 'mobilenet_v3_small', 'shufflenet_v2_x0_5'])
+def test_pruned_channels_of_watched_models_put_out_zero(name):
+    import torchvision
+    model = getattr(torchvision.models, name)(weights=None, num_classes=5)
+    s = followed(model, torch.randn(2, 3, 32, 32))
+    assert check_channels(model, 3, 32, 32, direct=name != 'resnet18') > 500 and not s._lost
+
+
+class Frozen(nn.Module):
+    "As torchvision's FrozenBatchNorm2d"
+    def __init__(self, n):
+        super().__init__()
+        for k in ('weight', 'bias', 'running_mean', 'running_var'): self.register_buffer(k, torch.rand(n) + .5)
+
+    def forward(self, x):
+        w, b, m, v = (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_mean, self.running_var))
+        scale = w*(v + 1e-5).rsqrt()
+        return x*scale + (b - m*scale)
+
+
+class Functional(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.ones(n)), nn.Parameter(torch.ones(n))
+        self.register_buffer('m', torch.rand(n)), self.register_buffer('v', torch.rand(n))
+
+    def forward(self, x): return F.batch_norm(x, self.m, self.v, self.w, self.b, self.training)
+
+
+class Shift(nn.Module):
+    def __init__(self, n): super().__init__(); self.w, self.b = nn.Parameter(torch.rand(n, 1, 1)), nn.Parameter(torch.rand(n, 1, 1))
+    def forward(self, x): return self.w*x + self.b
+
+
+LayerNorm2d = type('LayerNorm2d', (nn.LayerNorm,), dict(forward=lambda self, x: F.layer_norm(x.movedim(1, -1), (x.shape[1],), self.weight, self.bias).movedim(-1, 1)))
+
+
+@pytest.mark.parametrize('norm, names', [(Frozen, ['1.bias', '1.weight']), (Functional, ['1.b', '1.w']), (Shift, ['1.b']), (LayerNorm2d, ['1.bias', '1.weight']),
+                                         (lambda n: nn.GroupNorm(2, n), ['1.bias', '1.weight']), (lambda n: nn.InstanceNorm2d(n, affine=True), ['1.bias', '1.weight'])])
+def test_every_norm_follows(norm, names):
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    s = followed(model, torch.randn(2, 2, 4, 4), layers='0')
+    assert sorted(f.name for f in s._followers) == ['0.bias', *names]
+    with torch.no_grad():
+        assert dead(model[0]).sum() == 4
+        for mode in (True, False):
+            out = silent(model.train(mode)[:2](torch.randn(2, 2, 4, 4)))
+            assert torch.equal(out, dead(model[0]))
+
+
+def test_a_depthwise_convolution_is_silent_behind_silence():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=8), nn.BatchNorm2d(16))
+    followed(model, torch.randn(2, 3, 8, 8), layers='0')
+    with torch.no_grad(): assert bits(silent(model.eval()(torch.randn(2, 3, 8, 8)))) == bits(dead(model[0]).repeat_interleave(2))
+    followed(model, torch.randn(2, 3, 8, 8), 25)
+    with torch.no_grad(): assert bits(silent(model.eval()(torch.randn(2, 3, 8, 8)))) == bits(dead(model[0]).repeat_interleave(2) | dead(model[3]))
+
+
+def test_where_channels_move_they_are_followed():
+    for move in (lambda x: x.permute(0, 2, 3, 1).flatten(1), lambda x: x.flip(1).flatten(1), lambda x: x.reshape(x.shape[0], -1)):
+        model = Net(lambda m, x, move=move: m.bn(move(m.conv(x))), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm1d(16))
+        followed(model, torch.randn(3, 2, 2, 2), layers='conv')
+        with torch.no_grad():
+            inp, out = move(model.conv(x := torch.randn(5, 2, 2, 2))), model.eval()(x)
+        assert (inp == 0).all(0).sum() == 8 and torch.equal((inp == 0).all(0), (out == 0).all(0))
+
+
+def test_frames_of_a_clip():
+    model = Net(lambda m, x: m.bn(m.conv(x).reshape(x.shape[0]//2, -1)), conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm1d(32))
+    followed(model, torch.randn(6, 2, 2, 2), layers='conv')
+    assert bits(model.bn.weight == 0) == bits(dead(model.conv).repeat_interleave(4).repeat(2))
+
+
+def test_a_norm_over_another_axis_is_left_alone_and_told():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    s = followed(model, torch.randn(5, 8, 4), layers='0')
+    assert model[1].weight.all() and model[1].bias.all() and s._lost == ['1']
+
+
+def test_what_other_uses_need_is_left_alone():
+    "A parameter that is zero for a pruned channel would be missed elsewhere"
+    for forward in (lambda m, x: m.bn(m.conv(x)) + x[:, :1]*m.bn.bias.exp().view(-1, 1, 1), lambda m, x: (m.bn(m.conv(x)), m.bn.bias)):
+        model = Net(forward, conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+        s = followed(model, torch.randn(2, 2, 3, 3), layers='conv')
+        assert model.bn.bias.all() and s._lost == ['bn']
+
+
+def test_a_shared_norm_is_silent_only_where_all_are_and_the_rest_is_told():
+    model = Net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=nn.Conv2d(2, 4, 1), b=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+    for c, weights in ((model.a, [1, 2, 3, 4]), (model.b, [1, 4, 3, 2])): c.weight.data.copy_(torch.tensor(weights).view(4, 1, 1, 1).expand(4, 2, 1, 1))
+    followed(model, torch.randn(2, 2, 3, 3))
+    assert bits(model.bn.weight == 0) == [1, 0, 0, 0] == bits(model.bn.bias == 0)
+
+
+@pytest.mark.parametrize('run', [False, True])
+def test_what_a_forward_leaves_on_the_model_makes_no_difference(run):
+    import threading
+
+    def forward(m, x):
+        m.kept = m.conv(x)
+        return m.bn(m.kept)
+    for lock in (False, True):
+        for kw in ({}, dict(example_input=torch.randn(2, 2, 3, 3))):
+            model = Net(forward, conv=nn.Conv2d(2, 4, 1), bn=nn.BatchNorm2d(4))
+            if lock: model.lock = threading.Lock()
+            if run: model(torch.randn(2, 2, 3, 3))
+            sparsify(model, **kw)
+            assert torch.equal(model.bn.weight == 0, dead(model.conv)) and (model.bn.weight == 0).sum() == 2
+
+
+def test_without_an_example_a_frozen_norm_is_told():
+    for norm in (Frozen, Functional):
+        s = sparsify(nn.Sequential(nn.Conv2d(2, 4, 1), norm(4)))
+        assert [n for n in s.report().notes if n.startswith('1: what flows in could not be followed')], norm
+
+
+def test_an_embedding_has_no_channels_for_outputs():
+    from fastsparse.granularity import _layer_types, register_layer
+    register_layer(nn.Embedding, 'out in', {'row': 'out'})
+    try:
+        for kw in ({}, dict(example_input=torch.arange(8))):
+            model = nn.Sequential(nn.Embedding(8, 8), nn.BatchNorm1d(8))
+            sparsify(model, granularity='row', **kw)
+            assert model[1].weight.all()
+    finally: del _layer_types[nn.Embedding]
+
+
+def test_heads_that_only_training_uses_are_followed():
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.aux, self.bn = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x): return (self.conv(x), self.bn(self.aux(self.conv(x)))) if self.training else self.conv(x)
+    model = Aux().eval()
+    followed(model, torch.randn(2, 2, 3, 3), layers='aux')
+    assert torch.equal(model.bn.weight == 0, dead(model.aux)) and not model.training
