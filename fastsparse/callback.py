@@ -32,6 +32,7 @@ from .plan import check_options, check_request, hint_percent, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
+from .watch import map_tensors
 from .files import SavedFile, save_sparse as save_state
 
 # %% ../nbs/12_callback.ipynb #f4b7301b
@@ -303,11 +304,15 @@ def make_holder(self:SparsifyCallback):
         start = self._resumed.get('start')
         sparsifier.load_state_dict({k: v for k,v in self._resumed.items() if k != 'start'})
     elif hasattr(self.learn, 'skip_to_epoch') and self.schedule(1.) < 1: start = {} # a schedule that falls began lower
-    self._plan = sparsifier.plan(self.sparsity, self.round_to)
-    if start is not None: self._plan = replace(self._plan, start={n: start.get(n, 0.) for n in self._plan.end})
+    self._plan,self._resumed_at = self._planned(sparsifier, start),start
     if getattr(self.learn, 'n_epoch', None) == 0: # training will not begin
         self.sparsifier,self._start = sparsifier,self._plan.start
     return sparsifier
+
+@patch
+def _planned(self:SparsifyCallback, sparsifier, start): # start: that of the run that is continued, if there is one
+    plan = sparsifier.plan(self.sparsity, self.round_to)
+    return plan if start is None else replace(plan, start={n: start.get(n, 0.) for n in plan.end})
 
 # %% ../nbs/12_callback.ipynb #aa6c037e
 @patch
@@ -319,7 +324,8 @@ def begin(self:SparsifyCallback):
     self._progress = 0.
     self.history.clear()
     self._tell_once(self._at_start())
-    self.sparsifier.release(self._plan, _agree)
+    self._unseen = any(t.whole_outputs for t in self.sparsifier.targets.values())
+    if not self._unseen: self.sparsifier.release(self._plan, _agree)
 
 @patch
 def _tell_once(self:SparsifyCallback, messages):
@@ -329,7 +335,7 @@ def _tell_once(self:SparsifyCallback, messages):
 
 @patch
 def _at_start(self:SparsifyCallback): # what somebody would want to know before training, not after it
-    s,messages = self.sparsifier,self.sparsifier.flow_notes()
+    s,messages = self.sparsifier,[]
     if s.frozen:
         messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, as they could not heal; "
                         "learn.unfreeze() to prune all")
@@ -389,8 +395,18 @@ def _go_to(self:SparsifyCallback, position):
     if progress == 1: self._restart_trackers()
 
 @patch
+def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, and which of them the model returns
+    self._unseen,s = False,self.sparsifier
+    with torch.autocast(next(s.model.parameters()).device.type, enabled=False): s.watch(map_tensors(lambda t: t[:2], tuple(self.xb)))
+    self._plan = self._planned(s, self._resumed_at)
+    self._start = self._plan.start
+    self._tell_once(s.flow_notes())
+    s.release(self._plan, _agree)
+
+@patch
 def before_batch(self:SparsifyCallback):
     if self._active and self.training:
+        if self._unseen: self._watch_first_batch()
         if self.iter == 0: self._n_batches = _batches(self.learn)
         if not self._waits and self._due(): self._go_to(self._position)
     HoldingCallback.before_batch(self)

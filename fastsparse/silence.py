@@ -74,6 +74,7 @@ class Silence(Reader):
         for name,v in rec.named.items(): self._name(name, v)
         for op in rec.ops: self.step(op)
         for v in rec.outputs: self.ban(v)
+        self.outputs = rec.outputs
         self.answers = {}
         self.lost = self.not_followed()
 
@@ -310,6 +311,12 @@ def solved(self:Silence, condition, busy=frozenset()): # the same in terms of fi
     out = reduce(self.c.either, ways, 0)
     if not busy: self.answers[condition] = out
     return out
+
+@patch
+def returned(self:Silence) -> set[str]: # Names of targets
+    "Targets whose filters are channels of what the model returns, such as the classes of a segmentation"
+    conditions = {c for v in self.outputs for c in self.cond(v).unique().tolist()}
+    return {name for c in conditions for way in self.c.table[self.solved(c)] for name,_ in way}
 
 @patch
 def not_followed(self:Silence): # modules behind which a channel speaks that was silent, or where nothing is known

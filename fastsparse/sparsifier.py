@@ -22,7 +22,7 @@ from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_mask
 from .method import allocate, as_method, floors, global_, local
 from .select import by_reason, find_targets, select_layers, tensor_id
 from .plan import Plan, SparsityWarning, asked_and_got, check_options, check_request, difference, hint_percent, warn # noqa: F401 (the warning is part of what a user catches)
-from .dependants import find_followers, native_forward
+from .dependants import Dependants, dependants, native_forward
 from .report import SparsityReport, read_weight, sparsity_report
 
 # %% ../nbs/09_sparsifier.ipynb #daf5ea76
@@ -109,16 +109,43 @@ class Sparsifier(MaskHolder):
         if len(self.frozen) == len(targets): raise ValueError("all layers to prune are frozen (requires_grad=False); unfreeze some, as with learn.unfreeze()")
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads = evidence_of(self.criteria)
-        self._follow(example_input)
+        self._named = layers is not None
+        self._take(self._dependants(example_input))
+        if example_input is not None: self._leave_returned()
         self.reset()
 
 _frozen = 'frozen (requires_grad=False), so what is pruned there could not heal'
 
 # %% ../nbs/09_sparsifier.ipynb #1f080fc6
 @patch
-def _follow(self:Sparsifier, example_input=None): # what goes with whole outputs
+def _dependants(self:Sparsifier, example_input=None): # what goes with whole outputs
     outputs = {n: t.layer for n,t in self.targets.items() if t.whole_outputs}
-    self._followers,self._lost,self.untraced = find_followers(self.model, outputs, example_input) if outputs else ([], [], None)
+    return dependants(self.model, outputs, example_input) if outputs else Dependants([], [])
+
+@patch
+def _take(self:Sparsifier, found):
+    self._followers,self._lost,self._unclear = found.followers,found.lost,found.unclear
+    self.untraced,self._returned = found.untraced,found.returned
+
+@patch
+def watch(self:Sparsifier,
+    example_input, # What the model takes: a tensor, tuple or dict; a few samples suffice
+):
+    "See in one forward, instead of in the code, what goes with whole outputs, and which of them the model returns"
+    found = self._dependants(example_input)
+    if found.untraced is None: self._take(found)
+    self._leave_returned()
+    self._update_followers()
+
+@patch
+def _leave_returned(self:Sparsifier): # classes are no filters, unless somebody says so
+    returned = self._returned & self.targets.keys()
+    if self._named or returned == self.targets.keys(): return
+    for n in returned:
+        self.left_dense[self.targets.pop(n).layer_name] = _is_returned
+        for kept in (getattr(self, 'masks', {}), *getattr(self, '_memory', {}).values()): kept.pop(n, None)
+
+_is_returned = 'its outputs are outputs of the model (classes, say); name it in layers= to prune them'
 
 @patch
 def reset(self:Sparsifier):
@@ -127,7 +154,7 @@ def reset(self:Sparsifier):
     self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in self.targets.values()}
     self._found = set(self.masks) - self._pruned_before() # targets whose masks were only taken over
     self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in self._reads if e != 'generator'}
-    self._following,self._aside,self._told = {},{},()
+    self._following,self._aside,self._told = {},{},() # what follows now, its values before it did, what was said
     self._update_followers()
 
 _made = WeakKeyDictionary() # the masks that were made last, by model, so that a second fit knows what was pruned
@@ -470,8 +497,16 @@ def _notes(self:Sparsifier):
 def flow_notes(self:Sparsifier) -> list[str]:
     "What of the data flow behind pruned outputs is not known"
     notes = []
-    if self._lost: notes.append(f"{', '.join(self._lost[:5])}{', ...'*(len(self._lost) > 5)}: what flows in could not be followed to its filters, so nothing is masked there.")
+    lost = self._lost
+    if lost:
+        notes.append(f"{', '.join(lost[:5])}{', ...'*(len(lost) > 5)}: what flows in could not be followed to its filters, "
+                     "so nothing is masked there.")
+    if self._unclear and any(self._gone.values()):
+        notes.append(f"{', '.join(self._unclear[:5])}{', ...'*(len(self._unclear) > 5)}: what becomes of pruned outputs there cannot be told from "
+                     "the code; pass example_input= to have one forward watched.")
     if self.untraced: notes.append(f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).')
+    if told := [t.layer_name for n,t in self.targets.items() if n in self._returned and self._gone[n]]:
+        notes.append(f"{', '.join(told[:5])}{', ...'*(len(told) > 5)}: what is pruned there is an output of the model (a class, say) that is always zero.")
     return notes
 
 # %% ../nbs/09_sparsifier.ipynb #edf875b4
