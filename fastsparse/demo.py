@@ -33,7 +33,8 @@ def digits_learner(
     train,valid = [items[i] for i in order[:1400]],[items[i] for i in order[1400:]]
     dls = DataLoaders(DataLoader(train, bs=64, shuffle=True, drop_last=True), DataLoader(valid, bs=256))
     block = lambda i,o,stride=1: [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), *head)
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 # %% ../nbs/13_demo.ipynb #797fac4d
@@ -48,11 +49,15 @@ def _check_folder(data):
     for part in ('train', valid):
         if not get_image_files(data/part): raise ValueError(f"no image was found under {data/part}; {layout}")
         classes = [p for p in (data/part).iterdir() if p.is_dir()]
-        if len(classes) < 2: raise ValueError(f"{data/part} holds {len(classes)} folders of classes, where at least 2 are needed; {layout}")
+        if len(classes) < 2:
+            raise ValueError(f"{data/part} holds {len(classes)} folders of classes, "
+                             f"where at least 2 are needed; {layout}")
     if missing := {p.name for p in (data/valid).iterdir() if p.is_dir()} - {p.name for p in (data/'train').iterdir()}:
-        raise ValueError(f"{data/valid} has classes that {data/'train'} does not have: {', '.join(sorted(missing)[:8])}")
+        raise ValueError(f"{data/valid} has classes that {data/'train'} does not have: "
+                         f"{', '.join(sorted(missing)[:8])}")
     return valid
 
+# %% ../nbs/13_demo.ipynb #1c9487ea
 def folder_learner(
     data:Path, # A folder with `train/<class>/*` and `test/<class>/*` or `valid/<class>/*`
     size:int|None=None, # Height and width of the images in pixels; None for that of the first image, at most 224
@@ -73,7 +78,8 @@ def folder_learner(
     images = get_image_files(data/'train')
     if size is None: size = min(*PILImage.create(images[0]).size, 224)
     set_seed(seed, reproducible=True)
-    dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size), bs=min(bs, len(images)), num_workers=2)
+    dls = ImageDataLoaders.from_folder(data, train='train', valid=valid, item_tfms=Resize(size),
+                                       bs=min(bs, len(images)), num_workers=2)
     return Learner(dls, resnet18(weights=None, num_classes=dls.c), metrics=accuracy)
 
 # %% ../nbs/13_demo.ipynb #a980b3f1
@@ -92,6 +98,7 @@ def _pictures(out, before, after, cb):
     save('schedule', plot_schedule(cb.schedule, cb.history, cb.sparsity))
     return files
 
+# %% ../nbs/13_demo.ipynb #7dd0a6ef
 def demo(
     data:str|None=None, # A folder of images; None for the digits
     sparsity:float=90, # Percent of the weights that shall be zero
@@ -123,9 +130,11 @@ def demo(
     print(f'Pictures in {out.resolve()}: {", ".join(f.name for f in files.values())}')
     return dict(dense=dense, sparse=sparse, sparsity=cb.current_sparsity, cb=cb)
 
+# %% ../nbs/13_demo.ipynb #3baba404
 @call_parse
 def main(
-    data:str=None, # A folder of images with train/<class>/* and test/<class>/* or valid/<class>/*; left out: handwritten digits
+    # A folder of images with train/<class>/* and test/<class>/* or valid/<class>/*; left out: handwritten digits
+    data:str=None,
     sparsity:float=90, # Percent of the weights that shall be zero
     epochs:int=None, # Epochs of each of the two fits; left out: 8 on the digits, 3 on a folder
     out:str='fastsparse-demo', # Folder for the pictures
@@ -135,7 +144,7 @@ def main(
 ):
     "Train a network dense with fastai, make it sparse, and show the result"
     import sys, warnings
-    warnings.filterwarnings('ignore', category=FutureWarning) # of libraries below, nothing a reader could act on
+    warnings.filterwarnings('ignore', category=FutureWarning)
     warnings.filterwarnings('ignore', message='.*pin_memory.*')
     try: demo(data, sparsity, epochs, out, size, bs, seed)
-    except (ValueError, OSError) as e: sys.exit(f'fastsparse-demo: {e}') # a wrong request, a wrong folder, or an image that cannot be read
+    except (ValueError, OSError) as e: sys.exit(f'fastsparse-demo: {e}')

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Callable
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/00_granularity.ipynb #a8266495
@@ -26,7 +27,8 @@ def _conv_granularities(
                  vertical_slice='in kh', horizontal_slice='in kw')
     drops |= {f'shared_{name}': f'out {d}' for name,d in drops.items() if name != 'filter'}
     drops['layer'] = f'out in {spatial}'
-    return {name: ' '.join(a for a in axes if a not in d.split()) for name,d in drops.items() if set(d.split()) <= set(axes)}
+    drops = {name: d.split() for name,d in drops.items() if set(d.split()) <= set(axes)}
+    return {name: ' '.join(a for a in axes if a not in d) for name,d in drops.items()}
 
 # %% ../nbs/00_granularity.ipynb #fc50503d
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def register_layer(
     axes = tuple(axes.split())
     for name,keep in granularities.items():
         if unknown := set(keep.split()) - set(axes):
-            raise ValueError(f"granularity {name!r} of {cls.__name__} keeps {sorted(unknown)}, but its axes are {list(axes)}")
+            raise ValueError(f"granularity {name!r} of {cls.__name__} keeps {sorted(unknown)}, "
+                             f"but its axes are {list(axes)}")
     _layer_types[cls] = LayerType(axes, dict(granularities))
 
 # %% ../nbs/00_granularity.ipynb #eb757227
@@ -69,7 +72,8 @@ def available_granularities(
     "The names of the granularities of `layer`, or of all layers"
     if layer is None: return list(dict.fromkeys(name for t in _layer_types.values() for name in t.granularities))
     known = layer_type(layer)
-    if known is None: raise ValueError(f"{_cls_name(layer)} is not a prunable layer; register_layer adds a type. {_known_types()}")
+    if known is None:
+        raise ValueError(f"{_cls_name(layer)} is not a prunable layer; register_layer adds a type. {_known_types()}")
     return list(known.granularities)
 
 def _cls_name(layer): return (layer if isinstance(layer, type) else type(layer)).__name__
@@ -85,81 +89,105 @@ class Groups:
     split:int=1 # Channel groups of a grouped convolution
     reduce:Callable=torch.mean # Scores of a group's weights to the score of the group
 
-    def _unfold(self, t): return t.unflatten(0, (self.split, -1)) if self.split > 1 else t
-    @property
-    def _full(self): return ((self.split, self.shape[0]//self.split) if self.split > 1 else self.shape[:1]) + self.shape[1:]
-    @property
-    def _kept(self): return tuple(n if a in self.keep else 1 for a,n in zip(self.axes, self._full))
-    @property
-    def _lost(self): return tuple(i for i,a in enumerate(self.axes) if a not in self.keep)
-    @property
-    def rows(self) -> int:
-        "Number of separate competitions"
-        return 1
-    @property
-    def n(self) -> int:
-        "Number of groups in a row"
-        return prod(self._kept)
-    @property
-    def size(self) -> int:
-        "Number of weights in a group"
-        return prod(self.shape)//self.n
-    @property
-    def step(self) -> int:
-        "Number of weights that go with one more group in every row"
-        return self.rows*self.size
+# %% ../nbs/00_granularity.ipynb #bb8a0cb7
+@patch(as_prop=True)
+def _full(self:Groups): # the shape, unfolded
+    return ((self.split, self.shape[0]//self.split) if self.split > 1 else self.shape[:1]) + self.shape[1:]
 
-    @property
-    def single(self) -> bool:
-        "True if every weight is a group, in the order of the weight, and its score that of the group"
-        return not self._lost or (self.size == 1 and self.reduce is torch.mean)
+@patch(as_prop=True)
+def _kept(self:Groups): # the same, with 1 for every axis that is lost
+    return tuple(n if a in self.keep else 1 for a,n in zip(self.axes, self._full))
 
-    def scores(self,
-        scores:torch.Tensor, # One score a weight, of the weight's shape
-    ) -> torch.Tensor: # One score a group, of shape (rows, n)
-        "The score of each group"
-        if self.single: return scores.reshape(1, -1)
-        return self.reduce(self._unfold(scores), dim=self._lost).reshape(1, -1)
+@patch(as_prop=True)
+def _lost(self:Groups): return tuple(i for i,a in enumerate(self.axes) if a not in self.keep)
 
-    def alive(self,
-        mask:torch.Tensor, # A bool tensor of the weight's shape
-    ) -> torch.Tensor: # Bool, of shape (rows, n)
-        "The groups that hold at least one True"
-        return (self._unfold(mask).amax(dim=self._lost) if self.size > 1 else mask).reshape(1, -1)
+@patch
+def _unfold(self:Groups, t): return t.unflatten(0, (self.split, -1)) if self.split > 1 else t
 
-    def _size(self, *names): return prod(n for a,n in zip(self.axes, self._full) if a in names)
-    @property
-    def channels(self) -> int:
-        "Number of inputs and outputs of the layer, all channel groups together"
-        return sum(self._size(a, 'group') for a in ('in','out') if a in self.axes)
-    @property
-    def by_output(self) -> bool:
-        "True if every group belongs to one output, and an output has several"
-        return self.rows == 1 and 'out' in self.keep and self.n > self._size('out', 'group')
+# %% ../nbs/00_granularity.ipynb #6a1bc11e
+@patch(as_prop=True)
+def rows(self:Groups) -> int:
+    "Number of separate competitions"
+    return 1
 
-    def to_outputs(self,
-        t:torch.Tensor, # One number a group, of shape (1, n)
-    ) -> torch.Tensor: # The same, of shape (outputs, groups of each)
-        "Put the groups of each output into a row of their own; only where `by_output`"
-        return t.view(self._kept).movedim(*self._first).reshape(self._size('out', 'group'), -1)
+@patch(as_prop=True)
+def n(self:Groups) -> int:
+    "Number of groups in a row"
+    return prod(self._kept)
 
-    def from_outputs(self,
-        t:torch.Tensor, # One number a group, of shape (outputs, groups of each)
-    ) -> torch.Tensor: # The same, of shape (1, n)
-        "The way back from `to_outputs`"
-        moved = torch.empty(self._kept, device='meta').movedim(*self._first).shape
-        return t.view(moved).movedim(*reversed(self._first)).reshape(1, -1)
+@patch(as_prop=True)
+def size(self:Groups) -> int:
+    "Number of weights in a group"
+    return prod(self.shape)//self.n
 
-    @property
-    def _first(self): # axes that count outputs, and where they go
-        at = [i for i,a in enumerate(self.axes) if a in ('group','out')]
-        return at,list(range(len(at)))
+@patch(as_prop=True)
+def step(self:Groups) -> int:
+    "Number of weights that go with one more group in every row"
+    return self.rows*self.size
 
-    def expand(self,
-        kept:torch.Tensor, # One decision a group, of shape (rows, n)
-    ) -> torch.Tensor: # The same decision for each weight, of the weight's shape
-        "A mask of the weight's shape from a decision for each group"
-        return kept.view(self._kept).expand(self._full).reshape(self.shape)
+# %% ../nbs/00_granularity.ipynb #d505327a
+@patch(as_prop=True)
+def single(self:Groups) -> bool:
+    "True if every weight is a group, in the order of the weight, and its score that of the group"
+    return not self._lost or (self.size == 1 and self.reduce is torch.mean)
+
+@patch
+def scores(self:Groups,
+    scores:torch.Tensor, # One score a weight, of the weight's shape
+) -> torch.Tensor: # One score a group, of shape (rows, n)
+    "The score of each group"
+    if self.single: return scores.reshape(1, -1)
+    return self.reduce(self._unfold(scores), dim=self._lost).reshape(1, -1)
+
+@patch
+def alive(self:Groups,
+    mask:torch.Tensor, # A bool tensor of the weight's shape
+) -> torch.Tensor: # Bool, of shape (rows, n)
+    "The groups that hold at least one True"
+    return (self._unfold(mask).amax(dim=self._lost) if self.size > 1 else mask).reshape(1, -1)
+
+# %% ../nbs/00_granularity.ipynb #c7f24e34
+@patch
+def expand(self:Groups,
+    kept:torch.Tensor, # One decision a group, of shape (rows, n)
+) -> torch.Tensor: # The same decision for each weight, of the weight's shape
+    "A mask of the weight's shape from a decision for each group"
+    return kept.view(self._kept).expand(self._full).reshape(self.shape)
+
+# %% ../nbs/00_granularity.ipynb #4e8a9fa0
+@patch
+def _size(self:Groups, *names): return prod(n for a,n in zip(self.axes, self._full) if a in names)
+
+@patch(as_prop=True)
+def channels(self:Groups) -> int:
+    "Number of inputs and outputs of the layer, all channel groups together"
+    return sum(self._size(a, 'group') for a in ('in','out') if a in self.axes)
+
+@patch(as_prop=True)
+def by_output(self:Groups) -> bool:
+    "True if every group belongs to one output, and an output has several"
+    return self.rows == 1 and 'out' in self.keep and self.n > self._size('out', 'group')
+
+# %% ../nbs/00_granularity.ipynb #0c75e853
+@patch(as_prop=True)
+def _first(self:Groups): # axes that count outputs, and where they go
+    at = [i for i,a in enumerate(self.axes) if a in ('group','out')]
+    return at,list(range(len(at)))
+
+@patch
+def to_outputs(self:Groups,
+    t:torch.Tensor, # One number a group, of shape (1, n)
+) -> torch.Tensor: # The same, of shape (outputs, groups of each)
+    "Put the groups of each output into a row of their own; only where `by_output`"
+    return t.view(self._kept).movedim(*self._first).reshape(self._size('out', 'group'), -1)
+
+@patch
+def from_outputs(self:Groups,
+    t:torch.Tensor, # One number a group, of shape (outputs, groups of each)
+) -> torch.Tensor: # The same, of shape (1, n)
+    "The way back from `to_outputs`"
+    moved = torch.empty(self._kept, device='meta').movedim(*self._first).shape
+    return t.view(moved).movedim(*reversed(self._first)).reshape(1, -1)
 
 # %% ../nbs/00_granularity.ipynb #ae58477c
 @dataclass(frozen=True)
@@ -172,30 +200,13 @@ class Granularity:
         if self.name not in available_granularities(): raise ValueError(_unknown(self.name))
         try: fits = self.reduce(torch.ones(2, 3, 4), dim=(1, 2)).shape == (2,)
         except Exception: fits = False
-        if not fits: raise ValueError(f"reduce={self.reduce!r} cannot reduce scores; pass a function such as torch.mean or torch.amax, called as reduce(scores, dim=dims) with several dims")
-
-    def groups(self,
-        layer:nn.Module, # A layer of a registered type
-    ) -> Groups: # How its weight splits
-        "The groups of `layer`; a ValueError says why a layer has none"
-        known = layer_type(layer)
-        if known is None or self.name not in known.granularities:
-            raise ValueError(f"{_cls_name(layer)} has no granularity {self.name!r}"
-                             + (f", only {', '.join(known.granularities)}" if known else ''))
-        _check_plain(layer)
-        return _groups(layer, known, known.granularities[self.name], self.reduce)
+        if not fits:
+            raise ValueError(f"reduce={self.reduce!r} cannot reduce scores; pass a function such as torch.mean "
+                             "or torch.amax, called as reduce(scores, dim=dims) with several dims")
 
     def __str__(self): return self.name
 
-def _groups(layer, known, keep, reduce=torch.mean):
-    split,keep = getattr(layer, 'groups', 1),set(keep.split())
-    if split > 1 and keep & {'out','in'}: keep.add('group')
-    axes = (('group',) if split > 1 else ()) + known.axes
-    return Groups(tuple(layer.weight.shape), axes, frozenset(keep), split, reduce)
-
-def _check_plain(layer): # a computed weight is not even looked at: that can change the buffers of its parametrization
-    if 'weight' not in layer._parameters: raise RuntimeError(f"the weight of {_cls_name(layer)} is no plain parameter: it is computed at each forward")
-
+# %% ../nbs/00_granularity.ipynb #f45412e2
 def did_you_mean(
     value, # What was given
     names:list[str], # What is legal
@@ -203,11 +214,37 @@ def did_you_mean(
 ) -> str: # Such as "; did you mean 'filter'?", or nothing where none is close
     "The end of an error message that guesses the name that was meant"
     if not isinstance(value, str): return ''
-    close = [elsewhere[value.lower()]] if value.lower() in (elsewhere or {}) else difflib.get_close_matches(value.lower(), names, 1)
+    close = difflib.get_close_matches(value.lower(), names, 1)
+    if value.lower() in (elsewhere or {}): close = [elsewhere[value.lower()]]
     return f"; did you mean {close[0]!r}?" if close else ''
 
-def _unknown(value): return (f"granularity {value!r} is unknown; choose one of {', '.join(available_granularities())}, "
-                             "a pattern such as '2:4', or an object such as NM(2, 4)" + did_you_mean(value, available_granularities()))
+def _unknown(value):
+    names = available_granularities()
+    return (f"granularity {value!r} is unknown; choose one of {', '.join(names)}, "
+            "a pattern such as '2:4', or an object such as NM(2, 4)" + did_you_mean(value, names))
+
+# %% ../nbs/00_granularity.ipynb #db9bc2b0
+@patch
+def groups(self:Granularity,
+    layer:nn.Module, # A layer of a registered type
+) -> Groups: # How its weight splits
+    "The groups of `layer`; a ValueError says why a layer has none"
+    known = layer_type(layer)
+    if known is None or self.name not in known.granularities:
+        raise ValueError(f"{_cls_name(layer)} has no granularity {self.name!r}"
+                         + (f", only {', '.join(known.granularities)}" if known else ''))
+    _check_plain(layer)
+    return _groups(layer, known, known.granularities[self.name], self.reduce)
+
+def _groups(layer, known, keep, reduce=torch.mean):
+    split,keep = getattr(layer, 'groups', 1),set(keep.split())
+    if split > 1 and keep & {'out','in'}: keep.add('group')
+    axes = (('group',) if split > 1 else ()) + known.axes
+    return Groups(tuple(layer.weight.shape), axes, frozenset(keep), split, reduce)
+
+def _check_plain(layer):
+    if 'weight' not in layer._parameters:
+        raise RuntimeError(f"the weight of {_cls_name(layer)} is no plain parameter: it is computed at each forward")
 
 # %% ../nbs/00_granularity.ipynb #3016bcba
 @dataclass(frozen=True)
@@ -231,6 +268,7 @@ class NMGroups(Groups):
         moved = list(self._full); moved.append(moved.pop(self._dim))
         return kept.view(moved).movedim(-1, self._dim).reshape(self.shape)
 
+# %% ../nbs/00_granularity.ipynb #3151a026
 @dataclass(frozen=True)
 class NM:
     "Keep `n` of every `m` consecutive weights along the input axis (Mishra et al. 2021)"
@@ -239,9 +277,11 @@ class NM:
 
     def __post_init__(self):
         for k,v in (('n', self.n), ('m', self.m)):
-            if type(v) is not int: raise ValueError(f"NM({self.n!r}, {self.m!r}): {k} has to be a whole number, such as NM(2, 4)")
-        if not 0 < self.n < self.m: raise ValueError(f"NM({self.n}, {self.m}): n has to be at least 1 and less than m; did you mean NM({self.m}, {self.n})?" if 0 < self.m < self.n else
-                                                     f"NM({self.n}, {self.m}): n has to be at least 1 and less than m, such as NM(2, 4)")
+            if type(v) is not int:
+                raise ValueError(f"NM({self.n!r}, {self.m!r}): {k} has to be a whole number, such as NM(2, 4)")
+        if not 0 < self.n < self.m:
+            fix = f"; did you mean NM({self.m}, {self.n})?" if 0 < self.m < self.n else ", such as NM(2, 4)"
+            raise ValueError(f"NM({self.n}, {self.m}): n has to be at least 1 and less than m" + fix)
 
     @property
     def percent(self) -> float:
@@ -253,7 +293,8 @@ class NM:
     ) -> NMGroups: # How its weight splits
         "The blocks of `layer`; a ValueError says why a layer has none"
         known = layer_type(layer)
-        if known is None or 'in' not in known.axes: raise ValueError(f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}")
+        if known is None or 'in' not in known.axes:
+            raise ValueError(f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}")
         _check_plain(layer)
         g = _groups(layer, known, ' '.join(known.axes))
         inputs = g._full[g.axes.index('in')]
@@ -270,7 +311,8 @@ def as_granularity(
     if isinstance(value, str):
         if found := re.fullmatch(r'(\d+):(\d+)', value): return NM(*map(int, found.groups()))
         return Granularity(value)
-    if not callable(getattr(value, 'groups', None)) or isinstance(value, (type, nn.Module)): raise ValueError(_unknown(value))
+    if not callable(getattr(value, 'groups', None)) or isinstance(value, (type, nn.Module)):
+        raise ValueError(_unknown(value))
     return value
 
 def output_groups(

@@ -13,9 +13,10 @@ import math
 from contextlib import contextmanager
 from functools import cache
 from operator import eq, gt, le, lt
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/02_mask.ipynb #02655a98
 PIECE = {'cpu': 2**18} # numbers that fit into a cache
@@ -34,11 +35,14 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
+# %% ../nbs/02_mask.ipynb #80bdff9f
 def _where(op, s, t): return torch.from_numpy(op(s.numpy(), t)) if s.device.type == 'cpu' else op(s, t) # bool
 
-def _picked(x, where): return torch.from_numpy(x.numpy()[np.flatnonzero(where.numpy())]) if x.device.type == 'cpu' else x[where].cpu()
+def _picked(x, where):
+    return torch.from_numpy(x.numpy()[np.flatnonzero(where.numpy())]) if x.device.type == 'cpu' else x[where].cpu()
 
-def _indices(where): return torch.from_numpy(np.flatnonzero(where.numpy())) if where.device.type == 'cpu' else where.nonzero()[:,0].cpu()
+def _indices(where):
+    return torch.from_numpy(np.flatnonzero(where.numpy())) if where.device.type == 'cpu' else where.nonzero()[:,0].cpu()
 
 def count(
     mask:torch.Tensor, # Bool, of any shape
@@ -48,136 +52,81 @@ def count(
     order = sorted(range(mask.dim()), key=mask.stride, reverse=True) # as they lie in memory
     return int(np.count_nonzero(mask.permute(order).numpy()))
 
-# %% ../nbs/02_mask.ipynb #80bdff9f
+# %% ../nbs/02_mask.ipynb #0f3a8cb2
 class Scores:
     "The group scores of several layers, gone through in pieces"
     def __init__(self,
         layers:Sequence[torch.Tensor], # For each layer, of shape (rows, n); no NaN
         sample:int=2**16, # How many are looked at to learn where to look, at least
-    ): self.layers,self.sample,self._near,self._seen = layers,sample,{},None
+    ): self.layers,self.sample,self._near,self._last = layers,sample,{},_nothing
 
     def __len__(self): return len(self.layers)
     def __getitem__(self, i): return self.layers[i]
 
-    def shape(self,
-        i:int, # Which layer
-    ) -> tuple[int,int]: # (rows, n)
-        "The shape of the scores of layer `i`"
-        return tuple(self[i].shape)
+class _Pass(NamedTuple): # what one pass over some layers counted and collected
+    lo:float # The score up to which it only counted
+    upto:dict[int,int] # For each of the layers, how many scores are up to `lo`
+    inside:dict[int,torch.Tensor] # For each of the layers, the scores that it collected beyond `lo`
 
-    def pieces(self,
-        i:int, # Which layer
-        every:int=1, # Leave out all but every so many-th
-    ) -> Iterator[torch.Tensor]: # One-dimensional
-        "The scores of layer `i`, in order, a piece at a time"
-        return (p.to(torch.promote_types(p.dtype, torch.float32)) for p in in_pieces(self[i].detach(), every))
+_nothing = _Pass(-math.inf, {}, {})
 
-    def lowest(self,
-        budget:float, # How many weights shall go
-        step:Sequence[int]|None=None, # For each layer, how many weights a score stands for; None for one
-        among:Sequence[int]|None=None, # Which layers; None for all
-    ) -> list[int]: # For each of these layers, how many of its scores are among the lowest
-        "Where the lowest scores lie that are worth `budget` weights, or nearest to it; of equal scores the first go first"
-        among = list(range(len(self)) if among is None else among)
-        if budget <= 0: return [0]*len(among)
-        step = [1 if step is None else step[i] for i in among]
-        def worth(counts): return sum(c*s for c,s in zip(counts, step))
-        for slack in (0, 4, 32, math.inf): # standard deviations of a sample's answer; the last one finds it in any case
-            if slack: self._look(among, *self._bracket(among, step, budget, slack))
-            elif self._seen is None or not self._seen.keys() >= set(among): continue # a slightly different ranking may not need to look again
-            lo,upto,inside = zip(*(self._seen[i] for i in among))
-            lo = lo[0]
-            if worth(upto) < budget: # the usual case: beyond lo
-                if worth(upto) + worth(map(len, inside)) < budget: continue
-                t = _crossing(inside, step, budget - worth(upto))
-                below,ties = zip(*((u + int((x < t).sum()), int((x == t).sum())) for u,x in zip(upto, inside)))
-            else: # at lo itself, if many are equal to it
-                t,below = lo,[count(self._mask(lt, i, lo)) for i in among]
-                ties = [u-b for u,b in zip(upto, below)]
-            if worth(below) < budget: break
-        self._near.update({i: t for i in among})
-        lost,left = [],budget - worth(below)
-        for b,e,s in zip(below, ties, step):
-            more = min(max(math.ceil(left/s - .5), 0), e) # the nearest number of them
-            lost.append(b + more)
-            left = left - more*s if more == e else 0
-        return lost
+# %% ../nbs/02_mask.ipynb #d90de187
+@patch
+def shape(self:Scores,
+    i:int, # Which layer
+) -> tuple[int,int]: # (rows, n)
+    "The shape of the scores of layer `i`"
+    return tuple(self[i].shape)
 
-    def _bracket(self, among, step, budget, slack):
-        n = [math.prod(self.shape(i)) for i in among]
-        size = max(self.sample, sum(n) >> 10)
-        if sum(n) < 4*size or slack == math.inf: return -math.inf,math.inf
-        every = sum(n)//size
-        while math.gcd(every, 210) > 1: every += 1 # not always the same place of each kernel
-        drawn = [torch.cat(list(self.pieces(i, every))).cpu().numpy() for i in among]
-        x,share = np.concatenate(drawn),budget/sum(k*s for k,s in zip(n, step))
-        half = slack*len(x)**.5/2
-        if len(set(step)) == 1: x,middle = np.sort(x),share*len(x)
-        else:
-            order = x.argsort()
-            x,worth = x[order],np.repeat(step, [len(d) for d in drawn])[order].cumsum()
-            middle = worth.searchsorted(share*worth[-1])
-        at = lambda j: -math.inf if j < 0 else math.inf if j >= len(x) else float(x[int(j)])
-        return at(middle-half),at(middle+half)
+@patch
+def pieces(self:Scores,
+    i:int, # Which layer
+    every:int=1, # Leave out all but every so many-th
+) -> Iterator[torch.Tensor]: # One-dimensional
+    "The scores of layer `i`, in order, a piece at a time"
+    return (p.to(torch.promote_types(p.dtype, torch.float32)) for p in in_pieces(self[i].detach(), every))
 
-    def _look(self, among, lo, hi): # how many are up to lo, and those beyond it up to hi
-        self._seen = {}
-        for i in among:
-            counts,inside = [],[]
-            for p in self.pieces(i):
-                upto = _where(le, p, lo)
-                counts.append(count(upto))
-                inside.append(_picked(p, _where(le, p, hi).logical_xor_(upto)))
-            self._seen[i] = lo,sum(counts),torch.cat(inside)
+# %% ../nbs/02_mask.ipynb #f6fa48f9
+@patch
+def _drawn(self:Scores, among): # for each of these layers, every so many-th score; None where that would save nothing
+    n = sum(math.prod(self.shape(i)) for i in among)
+    size = max(self.sample, n >> 10)
+    if n < 4*size: return None
+    every = n//size
+    while math.gcd(every, 210) > 1: every += 1
+    return [torch.cat(list(self.pieces(i, every))).cpu().numpy() for i in among]
 
-    def level(self,
-        i:int, # Which layer
-    ) -> bool: # Of the scores above -inf, which are those that were not pruned before
-        "Whether all scores of layer `i` are equal, so that there is nothing to rank it by"
-        level = None
+# %% ../nbs/02_mask.ipynb #2a4491a1
+@patch
+def _bracket(self:Scores, among, step, budget, slack): # lo and hi: the one to cut at is most likely between
+    drawn = self._drawn(among) if slack < math.inf else None
+    if drawn is None: return -math.inf,math.inf
+    x,share = np.concatenate(drawn),budget/_worth([math.prod(self.shape(i)) for i in among], step)
+    half = slack*len(x)**.5/2
+    if len(set(step)) == 1: x,middle = np.sort(x),share*len(x)
+    else:
+        order = x.argsort()
+        x,worth = x[order],np.repeat(step, [len(d) for d in drawn])[order].cumsum()
+        middle = worth.searchsorted(share*worth[-1])
+    at = lambda j: -math.inf if j < 0 else math.inf if j >= len(x) else float(x[int(j)])
+    return at(middle-half),at(middle+half)
+
+def _worth(counts, step): return sum(c*s for c,s in zip(counts, step)) # in weights
+
+# %% ../nbs/02_mask.ipynb #5abe2251
+@patch
+def _pass(self:Scores, among, lo, hi):
+    upto,inside = {},{}
+    for i in among:
+        counts,found = [],[]
         for p in self.pieces(i):
-            for part in (p[:1024], p): # the first few tell in nearly every case
-                part = part[part > -math.inf]
-                if level is None and len(part): level = part[0].item()
-                if len(part) and (part != level).any(): return False
-        return True
+            low = _where(le, p, lo)
+            counts.append(count(low))
+            found.append(_picked(p, _where(le, p, hi).logical_xor_(low)))
+        upto[i],inside[i] = sum(counts),torch.cat(found)
+    return _Pass(lo, upto, inside)
 
-    def find(self,
-        i:int, # Which layer
-        k:int, # How many `keep` will be asked to lose
-    ):
-        "Do for layer `i` what `keep` needs first; if the scores cannot be computed, this is where it shows"
-        if self.shape(i)[0] > 1: self[i]
-        elif i not in self._near: self.lowest(k, among=[i])
-
-    def keep(self,
-        i:int, # Which layer
-        k:int, # How many to lose in each row, from 0 to n
-    ) -> torch.Tensor: # Bool, of shape (rows, n), False at the `k` lowest of each row
-        "Keep all but the `k` lowest of each row of layer `i`; of equal scores the first go first"
-        rows,n = self.shape(i)
-        if not 0 <= k <= n: raise ValueError(f"cannot lose {k} of {n}")
-        if k in (0, n) or rows > 1: return _keep_rows(self[i], k)
-        for _ in range(2): # if all layers were ranked together, their threshold fits; otherwise the layer has one of its own
-            self.find(i, k)
-            t = self._near.pop(i)
-            keep = self._mask(gt, i, t)
-            back = n - count(keep) - k
-            if back > 0: # too many are gone: the last of those equal to the threshold stay
-                ties = _indices(self._mask(eq, i, t))
-                if back <= len(ties): keep[ties[-back:].to(keep.device)],back = True,0
-            if back == 0: return keep.view(rows, n)
-        scores = self[i] # they were others each time that they were computed
-        return torch.ones_like(scores, dtype=torch.bool).index_fill_(1, scores[0].argsort(stable=True)[:k], False)
-
-    def _mask(self, op, i, t):
-        at,out = 0,None
-        for p in self.pieces(i):
-            if out is None: out = p.new_empty(math.prod(self.shape(i)), dtype=torch.bool)
-            out[at:at+len(p)] = _where(op, p, t)
-            at += len(p)
-        return out
-
+# %% ../nbs/02_mask.ipynb #aeb8a1cc
 def _crossing(inside, step, left): # the score at which the sum of weights, from the lowest score up, reaches `left`
     x = torch.cat(inside)
     if len(set(step)) == 1:
@@ -187,15 +136,113 @@ def _crossing(inside, step, left): # the score at which the sum of weights, from
     at = torch.cat([torch.full((len(x),), s) for x,s in zip(inside, step)])[order].cumsum(0)
     return x[order[min(int((at < left).sum()), len(x)-1)]].item()
 
+# %% ../nbs/02_mask.ipynb #7c3ecbc6
+class _Cut(NamedTuple): # a score, and how the scores of some layers lie around it
+    at:float
+    below:list[int]
+    ties:list[int]
+
+@patch
+def _cut(self:Scores, seen, among, step, budget): # where the budget is reached, if what was `seen` in a pass says it
+    upto,inside = [seen.upto[i] for i in among],[seen.inside[i] for i in among]
+    if _worth(upto, step) < budget: # the usual case: beyond lo
+        if _worth(upto, step) + _worth(map(len, inside), step) < budget: return None
+        t = _crossing(inside, step, budget - _worth(upto, step))
+        below,ties = zip(*((u + int((x < t).sum()), int((x == t).sum())) for u,x in zip(upto, inside)))
+    else: # at lo itself, if many are equal to it
+        t,below = seen.lo,[count(self._mask(lt, i, seen.lo)) for i in among]
+        ties = [u-b for u,b in zip(upto, below)]
+    return _Cut(t, below, ties) if _worth(below, step) < budget else None
+
+@patch
+def _mask(self:Scores, op, i, t): # how the scores of layer `i` compare with `t`
+    at,out = 0,None
+    for p in self.pieces(i):
+        if out is None: out = p.new_empty(math.prod(self.shape(i)), dtype=torch.bool)
+        out[at:at+len(p)] = _where(op, p, t)
+        at += len(p)
+    return out
+
+# %% ../nbs/02_mask.ipynb #080073cb
+@patch
+def _search(self:Scores, among, step, budget):
+    for slack in (0, 4, 32, math.inf): # standard deviations; 0 is the last pass once more
+        if slack:
+            self._last = _nothing # what it collected can go before more is collected
+            self._last = self._pass(among, *self._bracket(among, step, budget, slack))
+        if self._last.upto.keys() >= set(among) and (cut := self._cut(self._last, among, step, budget)): return cut
+
+# %% ../nbs/02_mask.ipynb #1870f3b5
+def _of_ties(ties, step, left): # how many of its ties each layer gives, for `left` weights in all
+    given = []
+    for e,s in zip(ties, step):
+        given.append(min(max(math.ceil(left/s - .5), 0), e)) # the nearest number of them
+        left = left - given[-1]*s if given[-1] == e else 0
+    return given
+
+# %% ../nbs/02_mask.ipynb #5bb84e1b
+@patch
+def lowest(self:Scores,
+    budget:float, # How many weights shall go
+    step:Sequence[int]|None=None, # For each layer, how many weights a score stands for; None for one
+    among:Sequence[int]|None=None, # Which layers; None for all
+) -> list[int]: # For each of these layers, how many of its scores are among the lowest
+    "Where the lowest scores lie that are worth `budget` weights, or nearest to it; of equal scores the first go first"
+    among = list(range(len(self)) if among is None else among)
+    if budget <= 0: return [0]*len(among)
+    step = [1 if step is None else step[i] for i in among]
+    everything = _worth([math.prod(self.shape(i)) for i in among], step)
+    cut = self._search(among, step, min(budget, everything))
+    self._near.update(dict.fromkeys(among, cut.at))
+    return [b+t for b,t in zip(cut.below, _of_ties(cut.ties, step, budget - _worth(cut.below, step)))]
+
+# %% ../nbs/02_mask.ipynb #31c2eac8
+@patch
+def _keep_above(self:Scores, i, k, t): # all but the `k` lowest of layer `i`; None if they do not end at `t`
+    keep = self._mask(gt, i, t)
+    back = len(keep) - count(keep) - k
+    if back > 0: # too many are gone: the last of those equal to the threshold stay
+        ties = _indices(self._mask(eq, i, t))
+        if back <= len(ties): keep[ties[-back:].to(keep.device)],back = True,0
+    return keep if back == 0 else None
+
+# %% ../nbs/02_mask.ipynb #2c914562
+@patch
+def find(self:Scores,
+    i:int, # Which layer
+    k:int, # How many `keep` will be asked to lose
+):
+    "Do for layer `i` what `keep` needs first; if the scores cannot be computed, this is where it shows"
+    if self.shape(i)[0] > 1: self[i]
+    elif i not in self._near: self.lowest(k, among=[i])
+
+@patch
+def keep(self:Scores,
+    i:int, # Which layer
+    k:int, # How many to lose in each row, from 0 to n
+) -> torch.Tensor: # Bool, of shape (rows, n), False at the `k` lowest of each row
+    "Keep all but the `k` lowest of each row of layer `i`; of equal scores the first go first"
+    rows,n = self.shape(i)
+    if not 0 <= k <= n: raise ValueError(f"cannot lose {k} of {n}")
+    if k in (0, n) or rows > 1: return _keep_rows(self[i], k)
+    for _ in range(2): # the score of a ranking of all layers, then one of its own
+        self.find(i, k)
+        if (keep := self._keep_above(i, k, self._near.pop(i))) is not None: return keep.view(rows, n)
+    scores = self[i]
+    return torch.ones_like(scores, dtype=torch.bool).index_fill_(1, scores[0].argsort(stable=True)[:k], False)
+
+# %% ../nbs/02_mask.ipynb #f7062b4d
 def _before(a, b, first): return (torch.le if first else torch.lt)(a, b, out=torch.empty_like(a)) # 1. or 0.
 
 def _keep_rows(rows, k):
     if k in (0, rows.shape[-1]): return torch.full(rows.shape, k == 0, dtype=torch.bool, device=rows.device)
-    keep,columns = torch.empty(rows.shape, dtype=torch.bool, device=rows.device),[c.contiguous() for c in rows.unbind(-1)]
-    for j,c in enumerate(columns): # kept, if at least k go before it
+    keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    columns = [c.contiguous() for c in rows.unbind(-1)]
+    for j,c in enumerate(columns):
         keep[:,j] = sum(_before(other, c, i < j) for i,other in enumerate(columns) if i != j) >= k
     return keep
 
+# %% ../nbs/02_mask.ipynb #2623d1ac
 def keep_mask(
     scores:torch.Tensor, # Scores, of shape (rows, n) or (n,); no NaN
     k:int, # How many to lose in each row, from 0 to n
@@ -203,7 +250,21 @@ def keep_mask(
     "Keep all but the `k` lowest of each row; of equal scores the first go first"
     return Scores([scores.reshape(-1, scores.shape[-1])]).keep(0, k).view(scores.shape)
 
-# %% ../nbs/02_mask.ipynb #2d484869
+# %% ../nbs/02_mask.ipynb #13d82c69
+@patch
+def level(self:Scores,
+    i:int, # Which layer
+) -> bool: # Of the scores above -inf, which are those that were not pruned before
+    "Whether all scores of layer `i` are equal, so that there is nothing to rank it by"
+    level = None
+    for p in self.pieces(i):
+        for part in (p[:1024], p): # the first few tell in nearly every case
+            part = part[part > -math.inf]
+            if level is None and len(part): level = part[0].item()
+            if len(part) and (part != level).any(): return False
+    return True
+
+# %% ../nbs/02_mask.ipynb #154415fc
 def spread(
     scores:torch.Tensor, # Of shape (outputs, n)
     k:int, # How many of all will be lost
@@ -211,13 +272,14 @@ def spread(
     "Let every row keep its highest scores, all rows the same number"
     least = min((scores.numel()-k)//len(scores), scores.shape[1])
     best = scores.sort(stable=True).indices[:, scores.shape[1]-least:]
-    return scores.scatter(1, best, scores.gather(1, best).masked_fill_(scores.gather(1, best) > -math.inf, math.inf))
+    theirs = scores.gather(1, best)
+    return scores.scatter(1, best, theirs.masked_fill_(theirs > -math.inf, math.inf))
 
 # %% ../nbs/02_mask.ipynb #b33fb025
 _bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-def _as_bits(t, mask): # the tensor as whole numbers, and the mask to multiply them by; a complex number is two real ones
-    if t.is_complex(): t,mask = torch.view_as_real(t.detach()),mask[...,None]
+def _as_bits(t, mask): # the tensor as whole numbers, and the mask to multiply them by
+    if t.is_complex(): t,mask = torch.view_as_real(t.detach()),mask[...,None] # two real numbers
     return t.detach().view(_bits[t.element_size()]),mask
 
 @torch.no_grad()
@@ -229,13 +291,14 @@ def apply_mask(
     bits,mask = _as_bits(t, mask)
     bits.mul_(mask)
 
-# %% ../nbs/02_mask.ipynb #f30ddb67
+# %% ../nbs/02_mask.ipynb #15618762
 def is_held(
     t:torch.Tensor, # Any tensor of real numbers
     mask:torch.Tensor, # Bool, of the same shape, True = kept
 ) -> bool:
     "Whether `t` is zero wherever `mask` is False"
-    return all(torch.equal(b*m, b) or not b[~m].view(t.dtype).any() for b,m in zip(in_pieces(_as_bits(t, mask)[0]), in_pieces(mask)))
+    held = lambda bits,m: torch.equal(bits*m, bits) or not bits[~m].view(t.dtype).any()
+    return all(held(bits, m) for bits,m in zip(in_pieces(_as_bits(t, mask)[0]), in_pieces(mask)))
 
 # %% ../nbs/02_mask.ipynb #57b4b8fc
 @cache
@@ -246,7 +309,8 @@ def bury(
     alive:torch.Tensor, # Bool, of the same shape
 ) -> torch.Tensor: # New scores
     "`scores`, and -inf wherever `alive` is False"
-    return (scores.view(_bits[scores.element_size()])*alive).add_(~alive, alpha=_lowest(scores.dtype)).view(scores.dtype)
+    bits = scores.view(_bits[scores.element_size()])*alive
+    return bits.add_(~alive, alpha=_lowest(scores.dtype)).view(scores.dtype)
 
 # %% ../nbs/02_mask.ipynb #cf7693f4
 class MaskHolder:
@@ -270,19 +334,25 @@ class MaskHolder:
         "Make what the optimizer remembers of every masked entry zero, in place"
         for t,mask in self.pairs():
             for v in state(t).values():
-                if isinstance(v, torch.Tensor) and v.shape == t.shape and (v.is_floating_point() or v.is_complex()): apply_mask(v, mask)
+                if isinstance(v, torch.Tensor) and v.shape == t.shape and _is_real_or_complex(v): apply_mask(v, mask)
+
+def _is_real_or_complex(t): return t.is_floating_point() or t.is_complex()
 
 # %% ../nbs/02_mask.ipynb #7f263865
 def why_unfit(
     t:torch.Tensor, # A parameter
 ) -> str: # What to say behind "the weight of layer 'fc' ...", or nothing where all is well
     "Why zeros cannot be written into `t`, and what to do about it"
-    if isinstance(t, torch.nn.parameter.UninitializedTensorMixin): return "does not exist yet; run one batch through the model first"
+    if isinstance(t, torch.nn.parameter.UninitializedTensorMixin):
+        return "does not exist yet; run one batch through the model first"
     if t.is_meta:
-        return "is on the meta device and has no values; load the model first, or model.to_empty(device='cpu') and initialise it"
+        return ("is on the meta device and has no values; load the model first, "
+                "or model.to_empty(device='cpu') and initialise it")
     if t.layout != torch.strided:
-        return f"has the layout {t.layout}; make it dense first, with nn.Parameter(weight.to_dense()), and sparse again when all is done"
-    if '__torch_dispatch__' in {a for c in type(t.data).__mro__[:-1] if issubclass(c, torch.Tensor) and c is not torch.Tensor for a in vars(c)}:
+        return (f"has the layout {t.layout}; make it dense first, with nn.Parameter(weight.to_dense()), "
+                "and sparse again when all is done")
+    own = [c for c in type(t.data).__mro__ if issubclass(c, torch.Tensor) and c is not torch.Tensor]
+    if any('__torch_dispatch__' in vars(c) for c in own):
         return (f"is a {type(t.data).__name__}, which keeps its values in a way of its own; "
                 "prune before the model is sharded or quantized")
     return ''
@@ -299,11 +369,11 @@ def check_fit(
 class ZeroHolder(MaskHolder):
     "Holds whatever is zero in a model when it is made"
     def __init__(self,
-        model:torch.nn.Module, # Any model; tensors that are zero altogether count as freshly initialised, and stay free
+        model:torch.nn.Module, # Any model; a tensor that is zero altogether counts as just initialised, and stays free
     ):
         params = {id(p): (n, a, p) for n,m in model.named_modules() for a,p in m.named_parameters(recurse=False)}
         check_fit({n or a: why for n,a,p in params.values() if (why := why_unfit(p))})
-        self.masks = [(p, p.detach().bool()) for _,_,p in params.values() if p.is_floating_point() or p.is_complex()]
+        self.masks = [(p, p.detach().bool()) for _,_,p in params.values() if _is_real_or_complex(p)]
         self.masks = [(p,m) for p,m in self.masks if 0 < count(m) < m.numel()]
 
     def pairs(self): return ((p, m if m.device == p.device else m.to(p.device)) for p,m in self.masks)

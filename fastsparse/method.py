@@ -65,8 +65,9 @@ def global_(
     if len(set(step)) == 1: budget = step[0]*round(budget/step[0]) # halves go where `local` lets them go
     if budget >= sum(m*s for m,s in zip(most, step)): return most
     lost,free = [0]*len(n),list(range(len(n)))
-    while True: # each time round, the layers that would lose too much are settled, and the rest rank again
-        share = dict(zip(free, scores.lowest(budget - sum(k*s for k,s in zip(lost, step)), step, free)))
+    while True:
+        left = budget - sum(k*s for k,s in zip(lost, step))
+        share = dict(zip(free, scores.lowest(left, step, free)))
         full = [i for i in free if share[i] > most[i]]
         for i in full or free: lost[i] = most[i] if full else share[i]
         if not full: return lost
@@ -83,6 +84,7 @@ class _Bundles(Scores):
         s = self.scores[self.idxs[i]].sort(dim=-1).values
         return s[:, s.shape[-1]%self.r:].unflatten(-1, (-1, self.r)).mean(-1)
 
+# %% ../nbs/03_method.ipynb #90d510a6
 def allocate(
     method:Callable, # `local`, `global_`, or a function with their parameters
     scores:Sequence[torch.Tensor], # For each layer a tensor of shape (rows, n)
@@ -96,23 +98,27 @@ def allocate(
     "How many groups each layer loses: `method`, within the bounds of `had`, `floor` and `round_to`"
     if not any(wanted): return [0]*len(n)
     had,floor = had or [0]*len(n),floor if isinstance(floor, list) else [floor]*len(n)
-    if round_to in (None, 1):
-        floors = [0 if w >= n_*s or h == n_ else min(f, n_) for n_,s,w,h,f in zip(n, step, wanted, had, floor)]
-        return _checked(method, scores, n, step, wanted, floors)
-    some = [i for i,w in enumerate(wanted) if w and had[i] < n[i]] # a layer of which nothing is wanted stays whole, an empty one empty
-    lost = [h if h == n_ else 0 for n_,h in zip(n, had)]
-    odd = {i: n[i]%round_to for i in some}
-    bundles = _checked(method, _Bundles(scores, some, round_to), [n[i]//round_to for i in some], [step[i]*round_to for i in some],
-                       [wanted[i]-odd[i]*step[i] for i in some], [max(floor[i]//round_to, 1) for i in some])
-    for i,b in zip(some, bundles):
-        before = math.ceil((had[i]-odd[i])/round_to)
-        lost[i] = odd[i] + round_to*min(max(b, before), n[i]//round_to - 1)
-    return lost
+    if round_to not in (None, 1): return _in_bundles(method, scores, n, step, wanted, had, round_to, floor)
+    floors = [0 if w >= n_*s or h == n_ else min(f, n_) for n_,s,w,h,f in zip(n, step, wanted, had, floor)]
+    return _checked(method, scores, n, step, wanted, floors)
 
 def _checked(method, scores, n, step, wanted, floors):
     lost = method(scores, n, step, wanted, floors)
     if len(lost) != len(n) or any(not isinstance(k, int) or not 0 <= k <= n_ for k,n_ in zip(lost, n)):
-        raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups to lose {list(lost)}; it has to give one number for each, whole and from 0 to its groups")
+        raise ValueError(f"the method {getattr(method, '__name__', method)!r} asked layers of {n} groups "
+                         f"to lose {list(lost)}; it has to give one number for each, whole and from 0 to its groups")
+    return lost
+
+# %% ../nbs/03_method.ipynb #0a37e42a
+def _in_bundles(method, scores, n, step, wanted, had, r, floor): # as `allocate`, in bundles of `r` groups
+    some = [i for i,w in enumerate(wanted) if w and had[i] < n[i]]
+    odd = {i: n[i]%r for i in some}
+    bundles = _checked(method, _Bundles(scores, some, r), [n[i]//r for i in some], [step[i]*r for i in some],
+                       [wanted[i] - odd[i]*step[i] for i in some], [max(floor[i]//r, 1) for i in some])
+    lost = [h if h == n_ else 0 for n_,h in zip(n, had)]
+    for i,b in zip(some, bundles):
+        before = math.ceil((had[i]-odd[i])/r)
+        lost[i] = odd[i] + r*min(max(b, before), n[i]//r - 1)
     return lost
 
 # %% ../nbs/03_method.ipynb #0224f2bd
@@ -128,5 +134,7 @@ def as_method(
     "The method that `value` names; a function is one already"
     if isinstance(value, str) and value in _methods: return _methods[value]
     if isinstance(value, (str,type)) or not callable(value):
-        raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(map(repr, _methods))}, or pass a function (scores, n, step, wanted, floor) -> groups to lose{did_you_mean(value, list(_methods))}")
+        raise ValueError(f"method {value!r} is unknown; choose one of {', '.join(map(repr, _methods))}, or pass "
+                         "a function (scores, n, step, wanted, floor) -> groups to lose"
+                         + did_you_mean(value, list(_methods)))
     return value

@@ -6,7 +6,7 @@ Docs: https://fastsparse.github.io/fastsparse/plan.html.md"""
 
 # %% auto #0
 __all__ = ['SparsityWarning', 'warn', 'check_sparsity', 'hint_percent', 'check_request', 'UnknownOption', 'check_options', 'erk',
-           'Plan', 'difference', 'asked_and_got']
+           'Plan', 'asked_and_got', 'difference']
 
 # %% ../nbs/08_plan.ipynb #b720a779
 import inspect, re, sys, warnings
@@ -30,7 +30,8 @@ def warn(
 ):
     "Warn with a `SparsityWarning` in the name of the first line outside of this package, torch and fastai"
     level,frame = 2,sys._getframe(1)
-    while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0] in ('fastsparse','torch','fastai','fastcore'): level,frame = level+1,frame.f_back
+    ours = lambda f: f.f_globals.get('__name__', '').split('.')[0] in ('fastsparse','torch','fastai','fastcore')
+    while frame.f_back and ours(frame): level,frame = level+1,frame.f_back
     warnings.warn(message, SparsityWarning, stacklevel=level)
 
 # %% ../nbs/08_plan.ipynb #e0d675df
@@ -38,29 +39,40 @@ def check_sparsity(
     sparsity, # Percent, or a dict {layer selector: percent}
 ):
     "Raise a ValueError unless `sparsity` is a percentage or a dict of percentages"
-    if isinstance(sparsity, dict):
-        if not sparsity: raise ValueError("sparsity={} is an empty dict; give at least one layer its percentage, such as {'layer1.*': 50}")
-        for selector,percent in sparsity.items():
-            check_selector(selector, 'sparsity key')
-            if isinstance(percent, dict): raise ValueError(f"the sparsity of {selector!r} is {percent!r}; it has to be a percentage from 0 to 100")
-            check_sparsity(percent)
-    elif isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-        fix = f"; did you mean {float(sparsity):g}?" if isinstance(sparsity, str) and re.fullmatch(r'\s*\d+(\.\d+)?\s*', sparsity) else ''
-        raise ValueError(f"sparsity={sparsity!r} is not a number; it is a percentage from 0 to 100 such as 70, or a dict {{layer: percent}}{fix}")
-    elif not 0 <= sparsity <= 100:
-        raise ValueError(f"sparsity={sparsity} is out of range; it is a percentage from 0 to 100, from nothing zero to everything"
-                         + (f"; did you mean {-sparsity}?" if -100 <= sparsity < 0 else ''))
-    elif 0 < sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} is less than one percent; sparsity goes from 0 to 100"
-                         + (f", did you mean {100*sparsity:g}?" if sparsity >= .01 else ''))
+    if not isinstance(sparsity, dict): return _check_percent(sparsity)
+    if not sparsity:
+        raise ValueError("sparsity={} is an empty dict; give at least one layer its percentage, "
+                         "such as {'layer1.*': 50}")
+    for selector,percent in sparsity.items():
+        check_selector(selector, 'sparsity key')
+        if isinstance(percent, dict):
+            raise ValueError(f"the sparsity of {selector!r} is {percent!r}; it has to be a percentage from 0 to 100")
+        _check_percent(percent)
 
+def _check_percent(sparsity):
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        number = isinstance(sparsity, str) and re.fullmatch(r'\s*\d+(\.\d+)?\s*', sparsity)
+        fix = f"; did you mean {float(sparsity):g}?" if number else ''
+        raise ValueError(f"sparsity={sparsity!r} is not a number; it is a percentage from 0 to 100 such as 70, "
+                         f"or a dict {{layer: percent}}{fix}")
+    if not 0 <= sparsity <= 100:
+        fix = f"; did you mean {-sparsity}?" if -100 <= sparsity < 0 else ''
+        raise ValueError(f"sparsity={sparsity} is out of range; it is a percentage from 0 to 100, "
+                         f"from nothing zero to everything{fix}")
+    if 0 < sparsity < 1:
+        fix = f", did you mean {100*sparsity:g}?" if sparsity >= .01 else ''
+        raise ValueError(f"sparsity={sparsity} is less than one percent; sparsity goes from 0 to 100{fix}")
+
+# %% ../nbs/08_plan.ipynb #111fbd0b
 def hint_percent(
     sparsity, # What was asked for
 ): # `sparsity` itself
     "Warn where `sparsity` is 1, which is one percent here and everything elsewhere"
-    if not isinstance(sparsity, (dict,bool)) and sparsity == 1: warn(f"sparsity={sparsity} is one percent; did you mean 100, as 1 does in other tools?")
+    if not isinstance(sparsity, (dict,bool)) and sparsity == 1:
+        warn(f"sparsity={sparsity} is one percent; did you mean 100, as 1 does in other tools?")
     return sparsity
 
+# %% ../nbs/08_plan.ipynb #4f8f465e
 def check_request(
     sparsity, # Percent, or a dict {layer selector: percent}
     granularity, # A granularity object
@@ -70,23 +82,30 @@ def check_request(
     "Raise a ValueError for a request that no model could fulfil"
     check_sparsity(sparsity)
     if round_to is not None and (type(round_to) is not int or round_to < 1):
-        raise ValueError(f"round_to={round_to!r} has to be a whole number of groups, at least 1, such as 8; or None for no rounding")
+        raise ValueError(f"round_to={round_to!r} has to be a whole number of groups, at least 1, such as 8; "
+                         "or None for no rounding")
     if isinstance(sparsity, dict) and method is global_ and not isinstance(granularity, NM):
-        raise ValueError("a dict gives each layer its own sparsity, but method='global' shares one sparsity out over all layers; use method='local'")
+        raise ValueError("a dict gives each layer its own sparsity, but method='global' shares one sparsity out "
+                         "over all layers; use method='local'")
     if isinstance(granularity, NM): _check_pattern(sparsity, granularity, round_to)
 
 def _check_pattern(sparsity, nm, round_to):
-    if round_to is not None: raise ValueError(f"round_to={round_to} does not go with {nm}, which keeps {nm.n} of every {nm.m} weights; leave it out")
+    if round_to is not None:
+        raise ValueError(f"round_to={round_to} does not go with {nm}, which keeps {nm.n} of every {nm.m} weights; "
+                         "leave it out")
     for p in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
         if p and abs(p - nm.percent) > .01:
-            raise ValueError(f"sparsity={p} does not go with the pattern {nm}, which always makes {nm.percent:g} % zero; ask for {nm.percent:g}")
+            raise ValueError(f"sparsity={p} does not go with the pattern {nm}, "
+                             f"which always makes {nm.percent:g} % zero; ask for {nm.percent:g}")
 
 # %% ../nbs/08_plan.ipynb #0bb65ed0
 class UnknownOption(TypeError, ValueError):
     "An argument that does not exist was given by name"
 
-_elsewhere = dict(context='method', layer_type='layers', layer_types='layers', criterion='criteria', importance='criteria', pruning_fn='criteria',
-                  sched_func='schedule', sched='schedule', end_sparsity='sparsity', amount='sparsity', pruning_ratio='sparsity', scope='method')
+_elsewhere = dict(context='method', scope='method', layer_type='layers', layer_types='layers',
+                  criterion='criteria', importance='criteria', pruning_fn='criteria',
+                  sched_func='schedule', sched='schedule', end_sparsity='sparsity', amount='sparsity',
+                  pruning_ratio='sparsity')
 
 def check_options(
     f:Callable, # A function or method
@@ -97,7 +116,8 @@ def check_options(
     def checked(*args, **kwargs):
         if unknown := next((k for k in kwargs if k not in known), None):
             names = [k for k in known if k != 'self']
-            raise UnknownOption(f"there is no argument {unknown!r}{did_you_mean(unknown, names, _elsewhere)}; the arguments are {', '.join(names)}")
+            raise UnknownOption(f"there is no argument {unknown!r}{did_you_mean(unknown, names, _elsewhere)}; "
+                                f"the arguments are {', '.join(names)}")
         return f(*args, **kwargs)
     return checked
 
@@ -110,13 +130,21 @@ def erk(
 ) -> dict[str,float]: # {layer name: percent}, for `method='local'`
     "Percentages by the shapes of layers (Erdős–Rényi-Kernel: Evci et al. 2020, section 3)"
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module; erk(model, sparsity) looks at the shapes of its layers")
+        raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module; "
+                         "erk(model, sparsity) looks at the shapes of its layers")
     check_sparsity(sparsity)
-    if isinstance(sparsity, dict): raise ValueError(f"sparsity={sparsity!r}: erk makes such a dict, and takes one percentage for all layers together")
+    if isinstance(sparsity, dict):
+        raise ValueError(f"sparsity={sparsity!r}: erk makes such a dict, "
+                         "and takes one percentage for all layers together")
     targets,_ = find_targets(model, as_granularity('weight'), layers, exclude)
-    sizes,raw = {t.layer_name: t.weight.numel() for t in targets},{t.layer_name: sum(t.weight.shape)/t.weight.numel() for t in targets}
+    return _by_shape({t.layer_name: t.weight.shape for t in targets}, sparsity)
+
+# %% ../nbs/08_plan.ipynb #e37ba0fa
+def _by_shape(shapes, sparsity):
+    sizes = {name: shape.numel() for name,shape in shapes.items()}
+    raw = {name: sum(shape)/shape.numel() for name,shape in shapes.items()}
     percents,free = dict.fromkeys(sizes, 0.),set(sizes)
-    while free and sparsity: # each time round, the layers that would keep (nearly) everything stay dense, and the rest share again
+    while free and sparsity:
         left = (1 - sparsity/100)*sum(sizes.values()) - sum(n for name,n in sizes.items() if name not in free)
         factor = left/sum(raw[name]*sizes[name] for name in free)
         full = {name for name in free if factor*raw[name] > .99}
@@ -142,6 +170,16 @@ class Plan:
         want = [progress*p*sizes[n]/100 for n,p in self.end.items()]
         return max(want, had, key=sum) if together else [max(w, h) for w,h in zip(want, had)]
 
+# %% ../nbs/08_plan.ipynb #ae13412a
+def asked_and_got(
+    asked:float, # Weights
+    got:int, # Weights
+    size:int, # Weights in all
+) -> str: # Such as "asked for 50 % zeros, got 75 % (3 weights, not 2)"
+    "Both numbers, in percent and in weights"
+    percents = f"asked for {100*asked/size:.4g} % zeros, got {100*got/size:.4g} %"
+    return f"{percents} ({got:,} weights, not {round(asked):,})"
+
 # %% ../nbs/08_plan.ipynb #c654a74a
 def difference(
     plan:Plan, # What was asked for
@@ -153,24 +191,25 @@ def difference(
 ) -> tuple[str,bool]: # What to say, nothing if it is met to the weight; and whether it is worth a warning
     "How `got` differs from what `plan` asked for"
     sizes = [t.weight.numel() for t in targets]
+    there = [plan.start[t.name]*n/100 for t,n in zip(targets, sizes)]
     asked = [plan.end[t.name]*n/100 for t,n in zip(targets, sizes)]
-    off = sorted(((abs(a-g)/n, t.layer_name, 100*g/n, 100*a/n) for t,a,g,n in zip(targets, asked, got, sizes) if abs(a-g) > .5), key=lambda o: -o[0])
-    if not off or (together and abs(sum(asked)-sum(got)) <= .5): return '',False
-    there = sum(plan.start[t.name]*n/100 for t,n in zip(targets, sizes)) > sum(asked) + .5
-    why = 'these zeros were there before, and stay' if there else _nearest(plan, groups, bound and sum(got) < sum(asked)-.5)
-    worst = [] if together or len(targets) == 1 else [f'{name} has {g:.4g} % of {a:.4g} %' for _,name,g,a in off[:3]] + ['...']*(len(off) > 3)
-    matters = there or abs(sum(asked)-sum(got)) > .01*sum(sizes) or (not together and off[0][0] > .1)
-    said = f"{asked_and_got(sum(asked), sum(got), sum(sizes))}: {why}" + (f" ({', '.join(worst)})" if worst else '')
-    return said if matters or abs(sum(asked)-sum(got)) > 1e-4*sum(sizes) else '',matters
+    off = [(abs(a-g)/n, t.layer_name, 100*g/n, 100*a/n) for t,a,g,n in zip(targets, asked, got, sizes) if abs(a-g) > .5]
+    off.sort(key=lambda o: -o[0])
+    apart = abs(sum(asked) - sum(got))
+    if not off or (together and apart <= .5): return '',False
+    before = sum(there) > sum(asked) + .5
+    matters = before or apart > .01*sum(sizes) or (not together and off[0][0] > .1)
+    if not matters and apart <= 1e-4*sum(sizes): return '',False
+    why = 'these zeros were there before, and stay'
+    if not before: why = _nearest(plan, groups, bound and sum(got) < sum(asked) - .5)
+    worst = '' if together or len(targets) == 1 else _worst(off)
+    return f"{asked_and_got(sum(asked), sum(got), sum(sizes))}: {why}{worst}",matters
 
+# %% ../nbs/08_plan.ipynb #2b711c41
 def _nearest(plan, groups, bound):
     rounded = f' with round_to={plan.round_to}' if plan.round_to else ''
     return f'the nearest that whole groups of {groups} allow{rounded}' + ', as no layer may be emptied'*bound
 
-def asked_and_got(
-    asked:float, # Weights
-    got:int, # Weights
-    size:int, # Weights in all
-) -> str: # Such as "asked for 50 % zeros, got 75 % (3 weights, not 2)"
-    "Both numbers, in percent and in weights"
-    return f"asked for {100*asked/size:.4g} % zeros, got {100*got/size:.4g} % ({got:,} weights, not {round(asked):,})"
+def _worst(off, most=3):
+    said = [f'{name} has {g:.4g} % of {a:.4g} %' for _,name,g,a in off[:most]] + ['...']*(len(off) > most)
+    return f" ({', '.join(said)})"

@@ -15,11 +15,27 @@ from .granularity import layer_type
 from .report import SparsityReport, sparsity_report
 
 # %% ../nbs/11_plot.ipynb #60cdfc1a
+def _check_drawable(layer):
+    if not isinstance(layer, nn.Module) or layer_type(layer) is None:
+        raise ValueError(f"{type(layer).__name__} has no kernels to draw; "
+                         "pass a convolution or a Linear, such as model.conv1")
+    if not layer.weight.numel():
+        raise ValueError(f"the weight of this {type(layer).__name__} is empty, of shape {tuple(layer.weight.shape)}: "
+                         "there is nothing to draw")
+
 def _tiles(layer): # the weight as (filters, channels, height, width), whatever the rank of the layer
     w = layer.weight.detach().float().cpu()
     if layer_type(layer).axes[0] == 'in': w = w.transpose(0, 1)
-    return w.view(1, 1, *w.shape) if w.dim() == 2 else w.unsqueeze(2) if w.dim() == 3 else w.flatten(2, -2) if w.dim() == 5 else w
+    if w.dim() == 2: return w.view(1, 1, *w.shape)
+    if w.dim() == 3: return w.unsqueeze(2)
+    return w.flatten(2, -2) if w.dim() == 5 else w
 
+def _kind(layer, tiles): # how it is drawn
+    if layer.weight.dim() == 2: return 'matrix'
+    if tiles.shape[1] == 1: return 'filters' # a picture of each
+    return 'colour' if layer.weight.dim() == 4 and tiles.shape[1] == 3 else 'kernels'
+
+# %% ../nbs/11_plot.ipynb #716b648c
 def _mosaic(tiles, gap=1): # one picture of (rows, columns, height, width, ...), NaN in the gaps
     r,c,h,w = tiles.shape[:4]
     pic = torch.full((r*(h+gap)-gap, c*(w+gap)-gap, *tiles.shape[4:]), float('nan'))
@@ -38,9 +54,41 @@ def _frames(ax, tiles, gap=1): # a thin line around every tile that is there
     from matplotlib.patches import Rectangle
     r,c,h,w = tiles.shape[:4]
     there = ~tiles.flatten(2).isnan().all(-1)
-    ax.add_collection(PatchCollection([Rectangle((j*(w+gap)-.5, i*(h+gap)-.5), w, h) for i in range(r) for j in range(c) if there[i,j]],
-                                      facecolor='none', edgecolor='#bbbbbb', linewidth=.4))
+    frames = [Rectangle((j*(w+gap)-.5, i*(h+gap)-.5), w, h) for i in range(r) for j in range(c) if there[i,j]]
+    ax.add_collection(PatchCollection(frames, facecolor='none', edgecolor='#bbbbbb', linewidth=.4))
 
+# %% ../nbs/11_plot.ipynb #228e3c27
+def _drawn(shown, kind, top): # the tiles as they are laid out, and the picture of them all
+    if kind == 'colour':
+        there = (shown != 0).any(1, keepdim=True)
+        tiles = _grid(torch.cat([.5 + shown/(2*top), there], 1).movedim(1, -1))
+        return tiles,_mosaic(tiles).nan_to_num(0).clamp(0, 1)
+    tiles = _grid(shown[:,0]) if kind == 'filters' else shown
+    return tiles,_mosaic(torch.where(tiles == 0, float('nan'), tiles))
+
+def _title(layer, size, shown): # of how many outputs and inputs, and how many of them are drawn
+    shape = '×'.join(map(str, layer.weight.shape))
+    title = f'{type(layer).__name__} {shape}, {100*float((layer.weight == 0).float().mean()):.1f} % zero'
+    if all(n <= most for n,most in zip(size, shown)): return title
+    outputs,inputs = (f'{min(n, most)} of {n}' for n,most in zip(size, shown))
+    return f'{title} (the first {outputs} outputs, {inputs} inputs)'
+
+# %% ../nbs/11_plot.ipynb #4286a5db
+def _imshow(pic, top, ax): # `pic` without axes; numbers from -top to top, or colours where top is None
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+    h,w = pic.shape[:2]
+    if ax is None:
+        scale = min(9/w, 7/h, .25)
+        _,ax = plt.subplots(figsize=(max(w*scale, 3.5), max(h*scale, .6)+.6))
+    dark = LinearSegmentedColormap.from_list('weights', ['#4cc3ff', '#1f5fa8', '#2b2b33', '#b03a2e', '#ffb14c'])
+    im = ax.imshow(pic, interpolation='nearest', **({} if top is None else dict(cmap=dark, vmin=-top, vmax=top)))
+    if top is not None: ax.figure.colorbar(im, ax=ax, fraction=.03, pad=.02).ax.tick_params(labelsize=7)
+    ax.set(xticks=[], yticks=[], xlim=(-1, w), ylim=(h, -1))
+    for s in ax.spines.values(): s.set_visible(False)
+    return ax
+
+# %% ../nbs/11_plot.ipynb #7f7b05a4
 def plot_kernels(
     layer:nn.Module, # A convolution or a Linear
     max_filters:int|None=None, # Draw at most this many filters; None for 64 as pictures, 16 as rows of kernels
@@ -49,40 +97,18 @@ def plot_kernels(
     title:str|None=None, # None to say what it is and how much of it is zero
 ): # The axis
     "Draw the filters of `layer`, with blanks where weights are zero"
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap
-    if not isinstance(layer, nn.Module) or layer_type(layer) is None:
-        raise ValueError(f"{type(layer).__name__} has no kernels to draw; pass a convolution or a Linear, such as model.conv1")
-    if not layer.weight.numel(): raise ValueError(f"the weight of this {type(layer).__name__} is empty, of shape {tuple(layer.weight.shape)}: there is nothing to draw")
+    _check_drawable(layer)
     tiles = _tiles(layer)
-    flat,colour = layer.weight.dim() == 2,layer.weight.dim() == 4 and tiles.shape[1] == 3
-    one_picture = colour or tiles.shape[1] == 1 and not flat # of a filter
-    if max_filters is None: max_filters = 64 if one_picture else 128 if flat else 16
-    if flat: max_channels *= 16
-    shown = tiles[:,:,:max_filters,:max_channels] if flat else tiles[:max_filters,:max_channels]
+    kind = _kind(layer, tiles)
+    if max_filters is None: max_filters = dict(matrix=128, kernels=16).get(kind, 64)
+    if kind == 'matrix': max_channels *= 16
+    most,size = (max_filters, max_channels),tiles.shape[2:] if kind == 'matrix' else tiles.shape[:2]
+    shown = tiles[:,:,:most[0],:most[1]] if kind == 'matrix' else tiles[:most[0],:most[1]]
     top = float(shown.nan_to_num(0, 0, 0).abs().max()) or 1.
-    if colour: # a filter is a picture: grey is 0, and no picture where all three channels are exactly 0
-        rgba = torch.cat([.5 + shown/(2*top), (shown != 0).any(1, keepdim=True)], 1).movedim(1, -1)
-        shown = _grid(rgba)
-        pic = _mosaic(shown).nan_to_num(0).clamp(0, 1)
-    else:
-        if one_picture: shown = _grid(shown[:,0])
-        pic = _mosaic(torch.where(shown == 0, float('nan'), shown))
-    h,w = pic.shape[:2]
-    if ax is None:
-        scale = min(9/w, 7/h, .25)
-        _,ax = plt.subplots(figsize=(max(w*scale, 3.5), max(h*scale, .6)+.6))
-    dark_middle = LinearSegmentedColormap.from_list('weights', ['#4cc3ff', '#1f5fa8', '#2b2b33', '#b03a2e', '#ffb14c'])
-    im = ax.imshow(pic, interpolation='nearest', **({} if colour else dict(cmap=dark_middle, vmin=-top, vmax=top)))
+    shown,pic = _drawn(shown, kind, top)
+    ax = _imshow(pic, None if kind == 'colour' else top, ax)
     _frames(ax, shown)
-    if not colour: ax.figure.colorbar(im, ax=ax, fraction=.03, pad=.02).ax.tick_params(labelsize=7)
-    if title is None:
-        title = f'{type(layer).__name__} {"×".join(map(str, layer.weight.shape))}, {100*float((layer.weight == 0).float().mean()):.1f} % zero'
-        n_out,n_in = tiles.shape[2:] if flat else tiles.shape[:2]
-        if n_out > max_filters or n_in > max_channels: title += f' (the first {min(n_out, max_filters)} of {n_out} outputs, {min(n_in, max_channels)} of {n_in} inputs)'
-    ax.set_title(title, fontsize=9)
-    ax.set(xticks=[], yticks=[], xlim=(-1, w), ylim=(h, -1))
-    for s in ax.spines.values(): s.set_visible(False)
+    ax.set_title(_title(layer, size, most) if title is None else title, fontsize=9)
     return ax
 
 # %% ../nbs/11_plot.ipynb #56a5c007
@@ -114,5 +140,7 @@ def plot_schedule(
 ): # The axis
     "Draw what a schedule plans and, over it, what was reached"
     ax = schedule.plot(sparsity, ax)
-    if history: ax.plot(*zip(*history), '.', color='#d1495b', ms=5, label='reached'); ax.legend(fontsize=8, loc='lower right')
+    if history:
+        ax.plot(*zip(*history), '.', color='#d1495b', ms=5, label='reached')
+        ax.legend(fontsize=8, loc='lower right')
     return ax

@@ -12,20 +12,12 @@ import html, math
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
+from fastcore.basics import patch
 from torch import nn
 from .granularity import layer_type, output_groups
 from .mask import count, why_unfit
 
 # %% ../nbs/07_report.ipynb #6332c224
-@contextmanager
-def _looking(layer): # as in evaluation, so that nothing changes
-    modes = [(m, m.training) for m in layer.modules()]
-    try:
-        for m,_ in modes: m.training = False
-        with torch.no_grad(): yield
-    finally:
-        for m,was in modes: m.training = was
-
 def values(
     t:torch.Tensor, # A parameter of any kind
 ) -> torch.Tensor: # Outside of autograd, strided, not quantized
@@ -37,6 +29,16 @@ def values(
     if why := why_unfit(t): raise ValueError(f'its weight {why}')
     return t
 
+# %% ../nbs/07_report.ipynb #e4d73fe6
+@contextmanager
+def _looking(layer): # as in evaluation, so that nothing changes
+    modes = [(m, m.training) for m in layer.modules()]
+    try:
+        for m,_ in modes: m.training = False
+        with torch.no_grad(): yield
+    finally:
+        for m,was in modes: m.training = was
+
 def read_weight(
     layer:nn.Module, # A layer with a weight of any kind
 ) -> torch.Tensor: # Outside of autograd, strided, not quantized
@@ -46,7 +48,7 @@ def read_weight(
 def _packed(layer): # a quantized module hands out its weight
     return '_weight_bias' in dir(layer) and callable(getattr(layer, 'weight', None))
 
-# %% ../nbs/07_report.ipynb #e4d73fe6
+# %% ../nbs/07_report.ipynb #647a24bc
 @dataclass(frozen=True)
 class LayerReport:
     "What was counted in one weight tensor"
@@ -59,11 +61,6 @@ class LayerReport:
     dead_filters:int|None=None # Outputs of which every weight is zero
     itemsize:int=4 # Bytes of a dense weight
 
-    @property
-    def percent(self) -> float:
-        "Zeros in percent of the weights"
-        return 100*self.zeros/max(self.weights, 1)
-
     @classmethod
     def of(cls, name:str, layer:nn.Module):
         "Count in the weight of `layer`"
@@ -74,6 +71,11 @@ class LayerReport:
         kind = getattr(layer, 'original_name', type(layer).__name__)
         return cls(name, kind, tuple(w.shape), w.numel() - count(alive), w.numel(), g and g.n, dead, size)
 
+@patch(as_prop=True)
+def percent(self:LayerReport) -> float:
+    "Zeros in percent of the weights"
+    return 100*self.zeros/max(self.weights, 1)
+
 # %% ../nbs/07_report.ipynb #68d62622
 @dataclass(frozen=True)
 class SparsityReport:
@@ -83,64 +85,86 @@ class SparsityReport:
     all_weights:int # All parameters of the model
     notes:tuple[str,...]=() # What was left dense, or could not be followed, and why
 
-    @property
-    def zeros(self) -> int:
-        "Zeros among the targets"
-        return sum(l.zeros for l in self.layers)
-    @property
-    def weights(self) -> int:
-        "Weights of the targets"
-        return sum(l.weights for l in self.layers)
-    @property
-    def sparsity(self) -> float:
-        "Zeros in percent of the targets' weights"
-        return 100*self.zeros/max(self.weights, 1)
-    @property
-    def bytes_dense(self) -> int:
-        "Bytes of the targets as they are"
-        return sum(l.weights*l.itemsize for l in self.layers)
-    @property
-    def bytes_compressed(self) -> int:
-        "Bytes of the targets as one bit a weight and the weights that are not zero"
-        return sum((l.weights - l.zeros)*l.itemsize + math.ceil(l.weights/8) for l in self.layers)
-
-    _columns = ('layer','type','shape','zeros','weights','sparsity','dead filters')
-
-    def _rows(self):
-        for l in self.layers:
-            yield (l.name or '(the model)', l.type, '×'.join(map(str, l.shape)), f'{l.zeros:,}', f'{l.weights:,}', f'{l.percent:.2f} %',
-                   '' if l.filters is None else f'{l.dead_filters} of {l.filters}')
-        yield ('all targets', '', '', f'{self.zeros:,}', f'{self.weights:,}', f'{self.sparsity:.2f} %', '')
-        yield ('all parameters', '', '', f'{self.all_zeros:,}', f'{self.all_weights:,}', f'{100*self.all_zeros/max(self.all_weights, 1):.2f} %', '')
-
-    def _footer(self):
-        return [f'Targets take {_mb(self.bytes_dense)} dense, {_mb(self.bytes_compressed)} compressed (one bit a weight, and the weights that are not zero).', *self.notes]
-
-    def __str__(self):
-        rows = [self._columns, *self._rows()]
-        widths = [max(map(len, col)) for col in zip(*rows)]
-        line = lambda r: '  '.join(v.ljust(w) if i < 3 else v.rjust(w) for i,(v,w) in enumerate(zip(r, widths))).rstrip()
-        rule = '-'*(sum(widths) + 2*(len(widths)-1))
-        return '\n'.join([line(rows[0]), rule, *map(line, rows[1:-2]), rule, *map(line, rows[-2:]), '', *self._footer()])
-
+    def __str__(self): return self._text()
     def __repr__(self): return str(self)
 
-    def _repr_html_(self):
-        cell = lambda tag,i,v: f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{html.escape(v)}</{tag}>'
-        row = lambda tag,r: '<tr>' + ''.join(cell(tag, i, v) for i,v in enumerate(r)) + '</tr>'
-        rows = list(self._rows())
-        return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{"".join(row("td", r) for r in rows[:-2])}</tbody>'
-                f'<tfoot>{"".join(row("th", r) for r in rows[-2:])}</tfoot></table>' + ''.join(f'<p><small>{html.escape(n)}</small></p>' for n in self._footer()))
+# %% ../nbs/07_report.ipynb #b63989fe
+@patch(as_prop=True)
+def zeros(self:SparsityReport) -> int:
+    "Zeros among the targets"
+    return sum(l.zeros for l in self.layers)
 
-    def to_dataframe(self): # A pandas DataFrame, one row for each layer; needs pandas
-        "The layers as a `DataFrame` of numbers"
-        import pandas as pd
-        return pd.DataFrame([dict(layer=l.name, type=l.type, shape=l.shape, zeros=l.zeros, weights=l.weights, percent=l.percent, filters=l.filters,
-                                  dead_filters=l.dead_filters) for l in self.layers])
+@patch(as_prop=True)
+def weights(self:SparsityReport) -> int:
+    "Weights of the targets"
+    return sum(l.weights for l in self.layers)
+
+@patch(as_prop=True)
+def sparsity(self:SparsityReport) -> float:
+    "Zeros in percent of the targets' weights"
+    return 100*self.zeros/max(self.weights, 1)
+
+@patch(as_prop=True)
+def bytes_dense(self:SparsityReport) -> int:
+    "Bytes of the targets as they are"
+    return sum(l.weights*l.itemsize for l in self.layers)
+
+@patch(as_prop=True)
+def bytes_compressed(self:SparsityReport) -> int:
+    "Bytes of the targets as one bit a weight and the weights that are not zero"
+    return sum((l.weights - l.zeros)*l.itemsize + math.ceil(l.weights/8) for l in self.layers)
+
+# %% ../nbs/07_report.ipynb #31853da2
+SparsityReport._columns = ('layer','type','shape','zeros','weights','sparsity','dead filters')
+
+@patch
+def _rows(self:SparsityReport):
+    for l in self.layers:
+        dead = '' if l.filters is None else f'{l.dead_filters} of {l.filters}'
+        yield (l.name or '(the model)', l.type, '×'.join(map(str, l.shape)), *_counted(l.zeros, l.weights), dead)
+    yield ('all targets', '', '', *_counted(self.zeros, self.weights), '')
+    yield ('all parameters', '', '', *_counted(self.all_zeros, self.all_weights), '')
+
+def _counted(zeros, weights): return f'{zeros:,}',f'{weights:,}',f'{100*zeros/max(weights, 1):.2f} %'
+
+@patch
+def _footer(self:SparsityReport):
+    return [f'Targets take {_mb(self.bytes_dense)} dense, {_mb(self.bytes_compressed)} compressed '
+            '(one bit a weight, and the weights that are not zero).', *self.notes]
 
 def _mb(n): return f'{n/1e6:,.2f} MB' if n >= 1e5 else f'{n/1e3:,.2f} kB'
 
-# %% ../nbs/07_report.ipynb #b63989fe
+# %% ../nbs/07_report.ipynb #ca68a23f
+@patch
+def _text(self:SparsityReport):
+    rows = [self._columns, *self._rows()]
+    widths = [max(map(len, col)) for col in zip(*rows)]
+    def line(r):
+        cells = (v.ljust(w) if i < 3 else v.rjust(w) for i,(v,w) in enumerate(zip(r, widths)))
+        return '  '.join(cells).rstrip()
+    rule = '-'*(sum(widths) + 2*(len(widths)-1))
+    head,*layers,targets,parameters = map(line, rows)
+    return '\n'.join([head, rule, *layers, rule, targets, parameters, '', *self._footer()])
+
+@patch
+def _repr_html_(self:SparsityReport):
+    cell = lambda tag,i,v: f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{html.escape(v)}</{tag}>'
+    row = lambda tag,r: '<tr>' + ''.join(cell(tag, i, v) for i,v in enumerate(r)) + '</tr>'
+    all_of = lambda tag,rows: ''.join(row(tag, r) for r in rows)
+    rows = list(self._rows())
+    return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{all_of("td", rows[:-2])}</tbody>'
+            f'<tfoot>{all_of("th", rows[-2:])}</tfoot></table>'
+            + ''.join(f'<p><small>{html.escape(n)}</small></p>' for n in self._footer()))
+
+# %% ../nbs/07_report.ipynb #0a2e8162
+@patch
+def to_dataframe(self:SparsityReport): # A pandas DataFrame, one row for each layer; needs pandas
+    "The layers as a `DataFrame` of numbers"
+    import pandas as pd
+    return pd.DataFrame([dict(layer=l.name, type=l.type, shape=l.shape, zeros=l.zeros, weights=l.weights,
+                              percent=l.percent, filters=l.filters, dead_filters=l.dead_filters) for l in self.layers])
+
+# %% ../nbs/07_report.ipynb #dfba4764
 def _is_layer(m): # of a registered type, or what quantization or scripting has made of one
     return layer_type(m) is not None or _packed(m) or \
         layer_type(getattr(nn, getattr(m, 'original_name', ''), nn.Identity)) is not None
@@ -148,7 +172,9 @@ def _is_layer(m): # of a registered type, or what quantization or scripting has 
 def _listed(model): # layers by name; a tensor that several share is listed once, by its first name
     layers,names = {},{id(p): n for n,p in model.named_parameters()}
     for n,m in model.named_modules():
-        if _is_layer(m): layers.setdefault(names.get(id(dict(m.named_parameters(recurse=False)).get('weight')), n), (n,m))
+        if not _is_layer(m): continue
+        weight = dict(m.named_parameters(recurse=False)).get('weight')
+        layers.setdefault(names.get(id(weight), n), (n,m))
     return dict(layers.values())
 
 def _tally(tensors): # zeros and numbers of all that can be counted
@@ -172,5 +198,7 @@ def sparsity_report(
         except ValueError as e: notes = (*notes, f'{n or "(the model)"} is not counted: {e}.')
     packed = [m.weight() for m in model.modules() if _packed(m) and _is_layer(m)]
     zeros,size = _tally([*model.parameters(), *packed])
-    if not rows and not notes: notes = ('No layer was found whose weight can be counted: a model that was quantized or exported may keep its weights in a form of its own.',)
+    if not rows and not notes:
+        notes = ('No layer was found whose weight can be counted: a model that was quantized or exported '
+                 'may keep its weights in a form of its own.',)
     return SparsityReport(tuple(rows), zeros, size, tuple(notes))

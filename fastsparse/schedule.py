@@ -12,6 +12,7 @@ __all__ = ['one_shot', 'iterative', 'taper', 'agp', 'one_cycle', 'cos', 'lin', '
 import math
 from dataclasses import dataclass
 from typing import Callable
+from fastcore.basics import patch
 from .granularity import did_you_mean
 
 # %% ../nbs/04_schedule.ipynb #61f2af53
@@ -23,65 +24,92 @@ class Schedule:
     end_pct:float=1. # Position where it ends, from `start_pct` to 1
 
     def __post_init__(self):
-        if not callable(self.func): raise ValueError(f"func={self.func!r} is not a function of the position, such as lambda p: p**2")
-        for name in ('start_pct','end_pct'):
-            v = getattr(self, name)
-            if isinstance(v, bool) or not isinstance(v, (int,float)) or not 0 <= v <= 1:
-                raise ValueError(f"{name}={v!r} has to be a fraction of training, from 0 to 1" + (f"; did you mean {v/100}?" if not isinstance(v, bool) and isinstance(v, (int,float)) and 1 < v <= 100 else ''))
-        if self.start_pct > self.end_pct: raise ValueError(f"the schedule starts at {self.start_pct}, after its end at {self.end_pct}; did you mean start_pct={self.end_pct}, end_pct={self.start_pct}?")
-        try: first = self.func(0.)
-        except TypeError as e:
-            raise ValueError(f"func={getattr(self.func, '__name__', self.func)} is not a function of the position alone ({e}), such as lambda p: p**2; "
-                             "of fastai's, SchedCos(0, 1) and the like are") from e
-        if first != 0: raise ValueError(f"func(0) is {first!r}; it has to be exactly 0, for a schedule starts with nothing done")
-        self._checked(1.)
-
-    def _checked(self, p):
-        v = float(self.func(p))
-        if not 0 <= v <= 1: raise ValueError(f"func({p}) is {v}; the progress of a schedule has to stay within 0 and 1")
-        return v
+        if not callable(self.func):
+            raise ValueError(f"func={self.func!r} is not a function of the position, such as lambda p: p**2")
+        self._check_window()
+        self._check_func()
 
     def __call__(self,
         pos:float, # Position in training, from 0 to 1
     ) -> float: # Progress, from 0 to 1
         "The progress at `pos`"
-        if not -1e-6 <= pos <= 1+1e-6: raise ValueError(f"position {pos!r} is outside of training, which goes from 0 to 1" + ("; for that many rounds: Schedule(Steps(5), 0.25)" if self.rounds else ''))
+        if not -1e-6 <= pos <= 1+1e-6:
+            fix = "; for that many rounds: Schedule(Steps(5), 0.25)" if self.rounds else ''
+            raise ValueError(f"position {pos!r} is outside of training, which goes from 0 to 1" + fix)
         if pos >= 1: return self._checked(1.)
         if pos <= self.start_pct: return self._checked(0.)
         return self._checked(1. if pos >= self.end_pct else (pos-self.start_pct)/(self.end_pct-self.start_pct))
 
-    def __repr__(self): return f"Schedule({getattr(self.func, '__name__', str(self.func)).strip('_')}, start_pct={self.start_pct}, end_pct={self.end_pct})"
+    def __repr__(self):
+        shape = getattr(self.func, '__name__', str(self.func)).strip('_')
+        return f"Schedule({shape}, start_pct={self.start_pct}, end_pct={self.end_pct})"
 
-    @property
-    def rounds(self) -> int|None:
-        "Number of rounds, for schedules that rise in steps; None for continuous ones"
-        return getattr(self.func, 'n_steps', None)
+# %% ../nbs/04_schedule.ipynb #a03a3447
+@patch
+def _check_window(self:Schedule):
+    for name in ('start_pct','end_pct'):
+        v = getattr(self, name)
+        number = isinstance(v, (int,float)) and not isinstance(v, bool)
+        if not number or not 0 <= v <= 1:
+            fix = f"; did you mean {v/100}?" if number and 1 < v <= 100 else ''
+            raise ValueError(f"{name}={v!r} has to be a fraction of training, from 0 to 1" + fix)
+    if self.start_pct > self.end_pct:
+        raise ValueError(f"the schedule starts at {self.start_pct}, after its end at {self.end_pct}; "
+                         f"did you mean start_pct={self.end_pct}, end_pct={self.start_pct}?")
 
-    def plot(self,
-        sparsity:float=100, # Target in percent
-        ax=None, # A matplotlib axis; None for a new figure
-    ): # The axis
-        "Draw the schedule over training"
-        if ax is None:
-            import matplotlib.pyplot as plt
-            _,ax = plt.subplots(figsize=(4, 2.6))
-        xs = [i/1000 for i in range(1001)]
-        ax.plot(xs, [self(x)*sparsity for x in xs], drawstyle='steps-post' if self.rounds else 'default')
-        ax.set(xlabel='position in training', ylabel='sparsity (%)', xlim=(0,1), ylim=(-3, 105))
-        ax.axvspan(self.start_pct, self.end_pct, alpha=.08, color='k', lw=0)
-        return ax
+# %% ../nbs/04_schedule.ipynb #8b36da96
+@patch
+def _check_func(self:Schedule):
+    try: first = self.func(0.)
+    except TypeError as e:
+        name = getattr(self.func, '__name__', self.func)
+        raise ValueError(f"func={name} is not a function of the position alone ({e}), such as lambda p: p**2; "
+                         "of fastai's, SchedCos(0, 1) and the like are") from e
+    if first != 0:
+        raise ValueError(f"func(0) is {first!r}; it has to be exactly 0, for a schedule starts with nothing done")
+    self._checked(1.)
 
-# %% ../nbs/04_schedule.ipynb #7663cb65
+@patch
+def _checked(self:Schedule, p):
+    v = float(self.func(p))
+    if not 0 <= v <= 1:
+        raise ValueError(f"func({p}) is {v}; the progress of a schedule has to stay within 0 and 1")
+    return v
+
+# %% ../nbs/04_schedule.ipynb #4c324411
+@patch(as_prop=True)
+def rounds(self:Schedule) -> int|None:
+    "Number of rounds, for schedules that rise in steps; None for continuous ones"
+    return getattr(self.func, 'n_steps', None)
+
+@patch
+def plot(self:Schedule,
+    sparsity:float=100, # Target in percent
+    ax=None, # A matplotlib axis; None for a new figure
+): # The axis
+    "Draw the schedule over training"
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _,ax = plt.subplots(figsize=(4, 2.6))
+    xs = [i/1000 for i in range(1001)]
+    ax.plot(xs, [self(x)*sparsity for x in xs], drawstyle='steps-post' if self.rounds else 'default')
+    ax.set(xlabel='position in training', ylabel='sparsity (%)', xlim=(0,1), ylim=(-3, 105))
+    ax.axvspan(self.start_pct, self.end_pct, alpha=.08, color='k', lw=0)
+    return ax
+
+# %% ../nbs/04_schedule.ipynb #2e5a9181
 @dataclass(frozen=True)
 class Steps:
     "A stair of `n_steps` equal steps, the first one right after the start"
     n_steps:int # Number of rounds, at least 1
 
     def __post_init__(self):
-        if type(self.n_steps) is not int or self.n_steps < 1: raise ValueError(f"Steps({self.n_steps!r}): the number of steps has to be a whole number, at least 1")
+        if type(self.n_steps) is not int or self.n_steps < 1:
+            raise ValueError(f"Steps({self.n_steps!r}): the number of steps has to be a whole number, at least 1")
 
     def __call__(self, p): return min(math.ceil(p*self.n_steps - 1e-9), self.n_steps)/self.n_steps
 
+# %% ../nbs/04_schedule.ipynb #7663cb65
 def _lin(p):
     "p: equal parts in equal times"
     return p
@@ -117,8 +145,10 @@ cos       = Schedule(_cos, end_pct=.5)
 lin       = Schedule(_lin, end_pct=.5)
 dsd       = Schedule(_dsd)
 
-_schedules = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd)
+_schedules = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp,
+                  one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd)
 
+# %% ../nbs/04_schedule.ipynb #c135c00b
 def available_schedules() -> list[str]:
     "The names of all schedules"
     return list(_schedules)
@@ -130,5 +160,6 @@ def as_schedule(
     if isinstance(value, Schedule): return value
     if isinstance(value, str) and value in _schedules: return _schedules[value]
     if isinstance(value, (str,type)) or not callable(value):
-        raise ValueError(f"schedule {value!r} is unknown; choose one of {', '.join(_schedules)}, or pass a Schedule or a function from position to progress{did_you_mean(value, list(_schedules))}")
+        raise ValueError(f"schedule {value!r} is unknown; choose one of {', '.join(_schedules)}, or pass a Schedule "
+                         f"or a function from position to progress{did_you_mean(value, list(_schedules))}")
     return Schedule(value)

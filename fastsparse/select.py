@@ -28,11 +28,14 @@ def check_selector(
         if not selector: raise ValueError(f"{what}={selector!r} is empty; leave it out, or name at least one layer")
         for s in selector: check_selector(s, what)
     elif not (isinstance(selector, (str,nn.Module)) or callable(selector)):
-        raise ValueError(f"{what}={selector!r} selects nothing; pass a type such as nn.Conv2d, a name or pattern such as 'layer3.*', "
-                         "a module, a function (name, layer) -> bool, or a list of these")
+        raise ValueError(f"{what}={selector!r} selects nothing; pass a type such as nn.Conv2d, "
+                         "a name or pattern such as 'layer3.*', a module, a function (name, layer) -> bool, "
+                         "or a list of these")
     elif isinstance(selector, type) and not issubclass(selector, nn.Module):
-        raise ValueError(f"{what}={selector.__name__} is not a type of layer; pass a subclass of nn.Module such as nn.Conv2d")
+        raise ValueError(f"{what}={selector.__name__} is not a type of layer; "
+                         "pass a subclass of nn.Module such as nn.Conv2d")
 
+# %% ../nbs/05_select.ipynb #ec78bd1c
 def _family(model, name): # a layer with all the containers around it, innermost first
     parts = name.split('.')
     return [(n, model.get_submodule(n)) for n in ('.'.join(parts[:i]) for i in range(len(parts), 0, -1))]
@@ -44,6 +47,7 @@ def _means(selector, model, name, layer):
     if isinstance(selector, nn.Module): return selector is model or any(m is selector for _,m in _family(model, name))
     return bool(selector(name, layer))
 
+# %% ../nbs/05_select.ipynb #d06eb683
 def select_layers(
     model:nn.Module, # Any model
     selector, # A selector, see above
@@ -51,12 +55,13 @@ def select_layers(
 ) -> list[tuple[str,nn.Module]]: # Names and modules, containers included
     "The modules of `model` that `selector` means; a ValueError if there are none"
     check_selector(selector, what)
-    if isinstance(selector, (list,tuple)): # each one has to mean something
+    if isinstance(selector, (list,tuple)):
         found = [nm for s in selector for nm in select_layers(model, s, what)]
     else: found = [(n,m) for n,m in model.named_modules() if _means(selector, model, n, m)]
     if not found:
         names = [n for n,m in model.named_modules() if n and not list(m.children())]
-        raise ValueError(f"{what}={_shown(selector)} matches no layer; the layers are {_some(names)}, of types {_some(_types(model))}")
+        raise ValueError(f"{what}={_shown(selector)} matches no layer; the layers are {_some(names)}, "
+                         f"of types {_some(_types(model))}")
     return found
 
 def _shown(selector): return getattr(selector, '__name__', repr(selector))
@@ -99,7 +104,8 @@ _used = {'convolution','_convolution','mm','bmm','addmm','addmv','mv','linear','
 _zero_to_zero = {'mul','mul_','div','div_','neg','abs','clone','_to_copy','copy_','contiguous','relu','sign','tanh',
                  'fake_quantize_per_tensor_affine_cachemask','fake_quantize_per_channel_affine_cachemask',
                  '_fake_quantize_per_tensor_affine_cachemask_tensor_qparams'}
-_measures = {'sum','mean','var','std','var_mean','norm','linalg_vector_norm','amax','amin','aminmax','max','min','_weight_norm_interface'}
+_measures = {'sum','mean','var','std','var_mean','norm','linalg_vector_norm','amax','amin','aminmax','max','min',
+             '_weight_norm_interface'}
 
 class _WatchWeight(TorchDispatchMode):
     "Notes the first operation behind which the zeros of a weight may be none any more"
@@ -110,7 +116,8 @@ class _WatchWeight(TorchDispatchMode):
     def _shows(self, t): return any(t.untyped_storage()._cdata == i.untyped_storage()._cdata for i in self.images)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name,touched = func.overloadpacket.__name__,[t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._shows(t)]
+        name,given = func.overloadpacket.__name__,tree_leaves((args, kwargs))
+        touched = [t for t in given if isinstance(t, torch.Tensor) and self._shows(t)]
         out = func(*args, **(kwargs or {}))
         if not touched or name in _used | _measures: return out
         for t in tree_leaves(out):
@@ -121,7 +128,8 @@ class _WatchWeight(TorchDispatchMode):
 
 # %% ../nbs/05_select.ipynb #e8caa8ca
 def _own_forward(layer): # of the class of layers that is registered, or of a subclass of it
-    known = next((c for c in type(layer).__mro__ if layer_type(c) is not None and layer_type(c) is not layer_type(c.__mro__[1])), None)
+    registers = lambda c: layer_type(c) is not None and layer_type(c) is not layer_type(c.__mro__[1])
+    known = next(filter(registers, type(layer).__mro__), None)
     return known is not None and type(layer).forward is not known.forward and known.__module__.startswith('torch.')
 
 def _made_up(layer): # an input that fits, as small as can be
@@ -129,6 +137,7 @@ def _made_up(layer): # an input that fits, as small as can be
     else: shape = (2, layer.in_channels, *(1 + d*(k-1) for d,k in zip(layer.dilation, layer.kernel_size)))
     return torch.rand(shape, dtype=layer.weight.dtype, device=layer.weight.device)
 
+# %% ../nbs/05_select.ipynb #e0da9a4a
 @torch.no_grad()
 def changes_weight(
     layer:nn.Module, # A layer of a registered type
@@ -149,20 +158,25 @@ def _why_dense(n, m, granularity, named): # the groups of a layer, or why it sta
     except RuntimeError: groups = None # computed
     if why := _computed(m): return None,why
     if why := why_unfit(m.weight): return None,f'its weight {why}'
-    if not m.weight.is_floating_point() or m.weight.itemsize < 2 or not m.weight.numel(): return None,f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'
+    if not m.weight.is_floating_point() or m.weight.itemsize < 2 or not m.weight.numel():
+        return None,f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'
     if not named and (op := changes_weight(m)):
-        return None,(f'it has a forward of its own ({type(m).__name__}) that does more with the weight than multiply ({op}), '
-                     f'so zeros there would not be zeros in use; name it in layers= to prune it all the same')
+        return None,(f'it has a forward of its own ({type(m).__name__}) that does more with the weight '
+                     f'than multiply ({op}), so zeros there would not be zeros in use; '
+                     'name it in layers= to prune it all the same')
     return groups,''
 
+# %% ../nbs/05_select.ipynb #4361afc1
 def _others_of(m): # its tensors of two or more axes, other than the weight of a prunable layer
     return [(a,p) for a,p in m._parameters.items() if p is not None and not (a == 'weight' and layer_type(m))
             and not isinstance(p, nn.parameter.UninitializedParameter) and p.dim() > 1]
 
-def _unknown(a, m):
+def _unknown(a, m): # why tensor `a` of layer `m` stays dense
     if layer_type(m): return f'only the `weight` of {type(m).__name__} can be pruned'
-    return f"{type(m).__name__} is not a prunable type of layer; register_layer adds types" + ('' if a == 'weight' else ' that have a `weight`')
+    of = '' if a == 'weight' else ' that have a `weight`'
+    return f"{type(m).__name__} is not a prunable type of layer; register_layer adds types" + of
 
+# %% ../nbs/05_select.ipynb #8b45c8ce
 def by_reason(
     dense:dict[str,str], # Names, and why they stay dense
     most:int=4, # Names to say of each reason
@@ -170,49 +184,68 @@ def by_reason(
     "What stays dense, each reason once"
     names = {}
     for n,why in dense.items(): names.setdefault(why, []).append(n or '(the model)')
-    return {why: ', '.join(ns[:most]) + (f' and {len(ns)-most} more' if len(ns) > most else '') for why,ns in names.items()}
+    some = lambda ns: ', '.join(ns[:most]) + (f' and {len(ns)-most} more' if len(ns) > most else '')
+    return {why: some(ns) for why,ns in names.items()}
 
-# %% ../nbs/05_select.ipynb #4361afc1
+# %% ../nbs/05_select.ipynb #ea469354
+def _tensors(m): return {tensor_id(m)} | {id(p) for p in m._parameters.values() if p is not None}
+
+def _split(model, chosen, left_out, granularity, named): # of the chosen layers, the targets, and why others stay dense
+    names = {id(p): n for n,p in model.named_parameters()}
+    targets,dense,seen = [],{},set()
+    for n,m in chosen.items():
+        if layer_type(m) is None or _tensors(m) & left_out or tensor_id(m) in seen: continue
+        groups,why = _why_dense(n, m, granularity, named)
+        if why: dense[n] = why; continue
+        seen.add(tensor_id(m))
+        targets.append(Target(names[tensor_id(m)], n, m, groups))
+    return targets,dense
+
+# %% ../nbs/05_select.ipynb #99dc0d29
+def _add_others(dense, model, chosen, settled): # to `dense`, all tensors that are not `settled`
+    for n,m in model.named_modules():
+        for a,p in _others_of(m):
+            if n.partition('.parametrizations')[0] in dense: continue
+            if n not in chosen or id(p) in settled: continue
+            dense[n if a == 'weight' else f'{n}.{a}'.strip('.')] = _unknown(a, m)
+
+# %% ../nbs/05_select.ipynb #f087353a
 def find_targets(
     model:nn.Module, # Any model
     granularity, # A granularity object
     layers=None, # Selector of layers; None for every layer that has the granularity
     exclude=None, # Selector of layers to leave dense
-) -> tuple[list[Target],dict[str,str]]: # The targets; and the layers and tensors that nobody left out but stay dense, with the reason
+) -> tuple[list[Target],dict[str,str]]: # The targets; and what nobody left out but stays dense, with the reason
     "The prunable tensors of `model`; a ValueError if there are none, or none for one of the selectors in `layers`"
-    prunable = {n: m for n,m in model.named_modules() if layer_type(m) is not None}
-    asked = {} if layers is None else {i: dict(select_layers(model, s)) for i,s in enumerate(_selectors(layers))}
-    chosen = dict(model.named_modules()) if layers is None else {n: m for found in asked.values() for n,m in found.items()}
-    left_out = set() if exclude is None else {i for _,m in select_layers(model, exclude, 'exclude') for i in _tensors(m)}
-    names = {id(p): n for n,p in model.named_parameters()}
-    targets,dense,seen = [],{},set()
-    for n,m in ((n,m) for n,m in chosen.items() if n in prunable and not _tensors(m) & left_out):
-        if tensor_id(m) in seen: continue
-        groups,why = _why_dense(n, m, granularity, layers is not None)
-        if why: dense[n] = why; continue
-        seen.add(tensor_id(m))
-        targets.append(Target(names[tensor_id(m)], n, m, groups))
-    for n,m,(a,p) in ((*nm, ap) for nm in model.named_modules() for ap in _others_of(nm[1])):
-        if n.partition('.parametrizations')[0] in dense: continue # what its weight is computed of
-        if n in chosen and id(p) not in seen | left_out: dense[n if a == 'weight' else f'{n}.{a}'.strip('.')] = _unknown(a, m)
-    for i,s in enumerate(_selectors(layers) if targets else []): # a selector that yields nothing would drop out without a word
-        if not seen & _matrices(asked[i]) and not (left_out and _matrices(asked[i]) <= left_out):
-            _refuse(model, granularity, dense, asked[i], f' for layers={_shown(s)}')
+    asked = [(s, dict(select_layers(model, s))) for s in _selectors(layers)]
+    chosen = dict(model.named_modules()) if layers is None else {n: m for _,found in asked for n,m in found.items()}
+    excluded = [] if exclude is None else select_layers(model, exclude, 'exclude')
+    left_out = {i for _,m in excluded for i in _tensors(m)}
+    targets,dense = _split(model, chosen, left_out, granularity, layers is not None)
+    seen = {tensor_id(t.layer) for t in targets}
+    _add_others(dense, model, chosen, seen | left_out)
+    for s,found in asked if targets else []:
+        if not seen & _matrices(found) and not (left_out and _matrices(found) <= left_out):
+            _refuse(model, granularity, dense, found, f' for layers={_shown(s)}')
     if not targets: _refuse(model, granularity, dense, chosen)
     return targets,dense
 
-def _tensors(m): return {tensor_id(m)} | {id(p) for p in m._parameters.values() if p is not None}
-def _matrices(found):
-    return {tensor_id(m) for m in found.values() if layer_type(m)} | {id(p) for m in found.values() for *_,p in _others_of(m)}
 def _selectors(layers):
     if isinstance(layers, (list,tuple)) and layers: return [s for l in layers for s in _selectors(l)]
     return [] if layers is None else [layers]
 
-# %% ../nbs/05_select.ipynb #8b45c8ce
+def _matrices(found): # all that could be meant by these layers
+    weights = {tensor_id(m) for m in found.values() if layer_type(m)}
+    return weights | {id(p) for m in found.values() for _,p in _others_of(m)}
+
+# %% ../nbs/05_select.ipynb #7b66c680
 def _refuse(model, granularity, dense, chosen, which=''): # no target, and why
     why = {n: r for n,r in dense.items() if n in chosen or n.rpartition('.')[0] in chosen}
-    said = [f"the weight of layer {n!r} {r[11:]}, or leave it out with exclude={n!r}" for n,r in why.items() if r.startswith('its weight ')]
-    said += [f'{ns}: {r}' for r,ns in by_reason({n: r for n,r in why.items() if not r.startswith('its weight ')}).items()]
-    nothing = 'every layer that could be was left out' if _matrices(chosen) else 'layers and exclude leave no prunable layer'
-    raise ValueError(f"no layer to prune by {granularity}{which} ({'; '.join(said[:5]) + '; ...'*(len(said) > 5) or nothing}); "
+    own = {n: r.removeprefix('its weight ') for n,r in why.items() if r.startswith('its weight ')}
+    said = [f"the weight of layer {n!r} {r}, or leave it out with exclude={n!r}" for n,r in own.items()]
+    said += [f'{ns}: {r}' for r,ns in by_reason({n: r for n,r in why.items() if n not in own}).items()]
+    nothing = 'layers and exclude leave no prunable layer'
+    if _matrices(chosen): nothing = 'every layer that could be was left out'
+    raise ValueError(f"no layer to prune by {granularity}{which} "
+                     f"({'; '.join(said[:5]) + '; ...'*(len(said) > 5) or nothing}); "
                      f"the model has layers of types {', '.join(_types(model))}")
