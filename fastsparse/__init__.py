@@ -8,4 +8,6 @@ from .report import SparsityReport, sparsity_report
 from .plan import SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
+from .flow import flow
+from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse

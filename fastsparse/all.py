@@ -7,5 +7,8 @@ from .report import SparsityReport, sparsity_report
 from .plan import SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
+from .flow import flow
+from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
 from .callback import KeepSparsityCallback, SparsifyCallback
+from . import learner as _learner # learn.compact()

@@ -11,7 +11,7 @@ __all__ = []
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
-from . import compact as _compact
+from .compact import compact as _compact
 from .compact import Compacted
 from .watch import map_tensors, tensors_in
 
@@ -37,7 +37,7 @@ def compact(self:Learner,
     example_input=None, # What the model takes; None for two samples of the first batch
 ) -> Compacted: # What went, what stayed and why
     "Put a smaller model with equal outputs in the place of the model, and make a new optimizer if there is one"
-    result = _compact.compact(self.model, _first_inputs(self) if example_input is None else example_input)
+    result = _compact(self.model, _first_inputs(self) if example_input is None else example_input)
     _check_groups(self.splitter, self.model, result.model)
     frozen = getattr(self.opt, 'frozen_idx', None)
     self.model = result.model
