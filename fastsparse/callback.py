@@ -175,8 +175,8 @@ def _frozen_phase(learn):
 class _Lost:
     "Stands, in a saved callback, for a setting that could not be saved"
     def _tell(self, *_, **__):
-        raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it (a lambda, perhaps); "
-                           "make a new SparsifyCallback")
+        raise RuntimeError("a function that this SparsifyCallback was made with could not be saved with it "
+                           "(a lambda, perhaps); make a new SparsifyCallback")
     __call__ = groups = _tell
     rounds = property(_tell)
 
@@ -200,10 +200,12 @@ def _check_numbers(update_every, rewind_epoch, lth, reset_end, save_tickets):
 
 def _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets):
     if lth and not schedule.rounds:
-        raise ValueError(f"lth=True rewinds after each round of pruning, but {getattr(schedule.func, '__name__', schedule.func)} "
-                         "has no rounds; use schedule=iterative, one_shot or Schedule(Steps(5), 0.2)")
+        name = getattr(schedule.func, '__name__', schedule.func)
+        raise ValueError(f"lth=True rewinds after each round of pruning, but {name} has no rounds; "
+                         "use schedule=iterative, one_shot or Schedule(Steps(5), 0.2)")
     if rewind_epoch and not (lth or reset_end):
-        raise ValueError(f"rewind_epoch={rewind_epoch} says where to rewind to, but nothing rewinds; add lth=True or reset_end=True")
+        raise ValueError(f"rewind_epoch={rewind_epoch} says where to rewind to, but nothing rewinds; "
+                         "add lth=True or reset_end=True")
     if save_tickets and not lth:
         raise ValueError("save_tickets saves the ticket of each lottery round, but there are none; add lth=True")
 
@@ -214,20 +216,20 @@ class SparsifyCallback(HoldingCallback):
 
     @check_options
     def __init__(self,
-        sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' a dict {layer selector: percent}
+        sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' {selector: percent}
         granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
-        update_every:int|None=None, # Batches from one update of the masks to the next; None for about 100 in all, see above
-        layers=None, # Selector of the layers to prune, as in `fastsparse.select`; None for all that have the granularity
+        update_every:int|None=None, # Batches from one update of the masks to the next; None for about 100 in all
+        layers=None, # Selector of the layers to prune, see `select_layers`; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense
         lth:bool=False, # Rewind the weights after each round (Frankle & Carbin 2019); needs a schedule with rounds
         rewind_epoch:int=0, # Epoch at whose start the values to rewind to are taken
         reset_end:bool=False, # Rewind at the end of the fit too, which leaves the ticket untrained
-        save_tickets:bool|str|Path=False, # Save the ticket of each round in a folder; True: `learn.path/learn.model_dir/tickets`
+        save_tickets:bool|str|Path=False, # Folder for the ticket of each round; True: `tickets` beside the models
     ):
         granularity,method = as_granularity(granularity),as_method(method)
         criteria,schedule = as_criterion(criteria),as_schedule(schedule)
@@ -283,14 +285,16 @@ def load_state_dict(self:SparsifyCallback,
 @patch
 def _made(self:SparsifyCallback):
     if self.sparsifier is None:
-        raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, as in learn.fit(1, cbs=cb)")
+        raise RuntimeError("nothing has been sparsified yet: pass this callback to a fit first, "
+                           "as in learn.fit(1, cbs=cb)")
     return self.sparsifier
 
 # %% ../nbs/12_callback.ipynb #cb282ec2
 @patch
 def before_fit(self:SparsifyCallback):
     HoldingCallback.before_fit(self)
-    if self._made_for_fit is not None or self._holder is not None: self._add_column() # the Recorder forgets it in a validation
+    begun = self._made_for_fit is not None or self._holder is not None
+    if begun: self._add_column() # again too: the Recorder forgets it in a validation
 
 @patch
 def make_holder(self:SparsifyCallback):
@@ -337,12 +341,12 @@ def _tell_once(self:SparsifyCallback, messages):
 def _at_start(self:SparsifyCallback): # what somebody would want to know before training, not after it
     s,messages = self.sparsifier,[]
     if s.frozen:
-        messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, as they could not heal; "
-                        "learn.unfreeze() to prune all")
+        messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, "
+                        "as they could not heal; learn.unfreeze() to prune all")
     elif (reach := s.reach()) < 50:
         dense = '; '.join(f'{names}: {why}' for why,names in list(by_reason(s.left_dense, 2).items())[:3])
-        messages.append(f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; the others stay dense ({dense}); "
-                        "cb.sparsifier.left_dense has all")
+        messages.append(f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; "
+                        f"the others stay dense ({dense}); cb.sparsifier.left_dense has all")
     return messages
 
 # %% ../nbs/12_callback.ipynb #7850e7a9
@@ -352,8 +356,8 @@ def _check_alone(self:SparsifyCallback, sparsifier):
     for cb in self.learn.cbs:
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
             if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.layer.weight) in mine]:
-                raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; each could undo or "
-                                 "overshoot the other's target, so give each its own with layers= or exclude=")
+                raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; each could "
+                                 "undo or overshoot the other's target, so give each its own with layers= or exclude=")
 
 @patch
 def _add_column(self:SparsifyCallback):
@@ -397,7 +401,8 @@ def _go_to(self:SparsifyCallback, position):
 @patch
 def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, and which of them the model returns
     self._unseen,s = False,self.sparsifier
-    with torch.autocast(next(s.model.parameters()).device.type, enabled=False): s.watch(map_tensors(lambda t: t[:2], tuple(self.xb)))
+    few = map_tensors(lambda t: t[:2], tuple(self.xb))
+    with torch.autocast(next(s.model.parameters()).device.type, enabled=False): s.watch(few)
     self._plan = self._planned(s, self._resumed_at)
     self._start = self._plan.start
     self._tell_once(s.flow_notes())
@@ -433,7 +438,8 @@ def after_fit(self:SparsifyCallback):
     if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began
         if self.reset_end and self._snapshot: self._rewind()
         if self._progress != self.schedule(1.):
-            warn(f"the fit ended at {self.current_sparsity:.4g} % zeros, before its schedule reached {self.sparsity} %; "
+            now = self.current_sparsity
+            warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {self.sparsity} %; "
                  f"train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
     trained = self._active and self.train_iter
     HoldingCallback.after_fit(self)
@@ -445,7 +451,8 @@ def _compare(self:SparsifyCallback): # what masks say, and what is in the model
     planned,counted = self.sparsifier.planned(),self.current_sparsity
     other = getattr(m := get_model(self.learn.model), '_orig_mod', m) is not self.sparsifier.model
     if counted < planned - 1e-3 or other:
-        why = "the Learner's model is another one now" if other else "layers were replaced, or weights changed after the last step"
+        why = "layers were replaced, or weights changed after the last step"
+        if other: why = "the Learner's model is another one now"
         warn(f"the masks of this fit make {planned:.4g} % of its layers zero, but {counted:.4g} % are: {why}, "
              "so what was trained last is not what this callback holds")
 
@@ -454,7 +461,8 @@ def _compare(self:SparsifyCallback): # what masks say, and what is in the model
 def before_train(self:SparsifyCallback):
     HoldingCallback.before_train(self)
     rewinds = (self.lth or self.reset_end) and not self._waits
-    if self._active and rewinds and self._epoch == self.rewind_epoch: self._snapshot = Snapshot(self.sparsifier.model, self.opt)
+    if self._active and rewinds and self._epoch == self.rewind_epoch:
+        self._snapshot = Snapshot(self.sparsifier.model, self.opt)
 
 @patch
 def _check_rewind(self:SparsifyCallback):
@@ -464,13 +472,15 @@ def _check_rewind(self:SparsifyCallback):
     if self.rewind_epoch >= max(self.n_epoch, 1):
         raise ValueError(f"rewind_epoch={self.rewind_epoch}, but this fit has only the epochs 0 to {self.n_epoch-1}")
     if self.lth and self.rewind_epoch/max(self.n_epoch, 1) > self.schedule.start_pct:
-        raise ValueError(f"rewind_epoch={self.rewind_epoch} begins after the first round, at {self.schedule.start_pct:.0%} of "
-                         f"{self.n_epoch} epochs; rewind to an earlier epoch or start the schedule later")
+        raise ValueError(f"rewind_epoch={self.rewind_epoch} begins after the first round, at "
+                         f"{self.schedule.start_pct:.0%} of {self.n_epoch} epochs; "
+                         "rewind to an earlier epoch or start the schedule later")
 
 @patch
 def _rewind(self:SparsifyCallback, percent=None):
     if self._snapshot is None:
-        raise RuntimeError(f"the values of epoch {self.rewind_epoch} to rewind to were not seen: that epoch was skipped")
+        raise RuntimeError(f"the values of epoch {self.rewind_epoch} to rewind to were not seen: "
+                           "that epoch was skipped")
     self._snapshot.restore(self.sparsifier.model, self.opt)
     self.sparsifier.apply_masks()
     self._holder.mask_state(self._optimizer_state())

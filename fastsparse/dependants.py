@@ -148,11 +148,12 @@ class Way:
     needs:list[tuple[str,torch.Tensor]] # Targets, and for each channel the filter there that has to be zero, or -1
 
     def dead(self,
-        alive:dict[str,torch.Tensor], # For each target, a bool for each of its filters
+        alive:dict[str,torch.Tensor], # For each target that loses filters, a bool for each of them
     ) -> torch.Tensor: # Bool, True where the channel is zero
         "The channels that are zero in this way when these filters are alive"
         dead = self.known.clone()
-        for name,at in self.needs: dead &= (at < 0) | ~alive[name].cpu()[at.clamp(min=0)]
+        for name,at in self.needs:
+            dead &= at < 0 if name not in alive else (at < 0) | ~alive[name].cpu()[at.clamp(min=0)]
         return dead
 
 # %% ../nbs/06f_dependants.ipynb #ad71831b

@@ -21,7 +21,8 @@ from .criteria import as_criterion, evidence_of, large_final
 from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_mask, one_thread, spread
 from .method import allocate, as_method, floors, global_, local
 from .select import by_reason, find_targets, select_layers, tensor_id
-from .plan import Plan, SparsityWarning, asked_and_got, check_options, check_request, difference, hint_percent, warn # noqa: F401 (the warning is part of what a user catches)
+from .plan import Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
+from .plan import SparsityWarning # noqa: F401 (it is part of what a user catches)
 from .dependants import Dependants, dependants, native_forward
 from .report import SparsityReport, read_weight, sparsity_report
 
@@ -31,20 +32,22 @@ class _Scores(Scores):
     def __init__(self, sparsifier, targets):
         super().__init__(targets)
         self.sparsifier,self.seed,self.kept = sparsifier,None,{}
-        self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one for all, or they could not be compared
+        self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one, to be compared
 
     def shape(self, i): return self.layers[i].groups.rows,self.layers[i].groups.n
 
     def __getitem__(self, i):
         if i in self.kept: return self.kept[i]
         t = self.layers[i]
-        scores = self._ranked(t, t.groups.scores(self._scored(t, t.weight, self._evidence(i))), lambda: t.groups.alive(self._mask_of(t)))
+        scores = t.groups.scores(self._scored(t, t.weight, self._evidence(i)))
+        scores = self._ranked(t, scores, lambda: t.groups.alive(self._mask_of(t)))
         if t.groups.size >= 8: self.kept[i] = scores # few beside the weights
         return scores
 
     def pieces(self, i, every=1):
         t,s = self.layers[i],self.sparsifier
-        if not (getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)): return super().pieces(i, every)
+        each = getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)
+        if not each: return super().pieces(i, every)
         given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
         return (self._ranked(t, self._scored(t, w, dict(zip(s._reads, gs))), lambda: alive)
                 for w,alive,*gs in zip(*(in_pieces(x, every) for x in (t.weight, self._mask_of(t), *given))))
@@ -56,16 +59,18 @@ def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks,
 @patch
 def _evidence(self:_Scores, i):
     t,s = self.layers[i],self.sparsifier
-    if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # drawn only when it is needed
-    return {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else s._on(s._memory[e], t.name, t.weight) for e in s._reads}
+    if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # only when it is needed
+    kept = {e: s._on(s._memory[e], t.name, t.weight) for e in s._reads if e != 'generator'}
+    return {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else kept[e] for e in s._reads}
 
 @patch
 def _scored(self:_Scores, t, w, given):
     criteria = self.sparsifier.criteria
     try: scores = criteria(w, **given)
     except (AttributeError, TypeError) as e:
-        raise ValueError(f"the criterion {_name(criteria)} failed at layer {t.layer_name!r} ({type(e).__name__}: {e}); it is given the values of "
-                         f"the weight as a plain tensor, without gradient, and as evidence what its parameters ask for: {given and list(given) or 'nothing here'}") from e
+        raise ValueError(f"the criterion {_name(criteria)} failed at layer {t.layer_name!r} ({type(e).__name__}: {e}); "
+                         "it is given the values of the weight as a plain tensor, without gradient, "
+                         f"and as evidence what its parameters ask for: {', '.join(given) or 'nothing here'}") from e
     if not isinstance(scores, torch.Tensor) or scores.shape != w.shape:
         got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else repr(scores)
         raise ValueError(f"the criterion {_name(criteria)} gave {got} for layer {t.layer_name!r}; "
@@ -93,20 +98,24 @@ class Sparsifier(MaskHolder):
         granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
-        layers=None, # Selector of the layers to prune: type, name or pattern, module, function (name, layer) -> bool, or a list of these; None for all that have the granularity
+        layers=None, # Selector of the layers to prune, see `select_layers`; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense, with all their tensors
-        trainable_only:bool=False, # Prune nothing of which the weight is frozen (`requires_grad=False`); zeros that it has are held
-        example_input=None, # What the model takes: a tensor, tuple or dict; one forward on it shows what depends on whole outputs
+        trainable_only:bool=False, # Prune no frozen weight (`requires_grad=False`); zeros that it has are held
+        example_input=None, # What the model takes: a tensor, tuple or dict; see `watch`
     ):
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module" + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
+            raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module"
+                             + ("; did you mean learn.model?" if hasattr(model, 'model') else ''))
         model = getattr(model, '_orig_mod', model) # a compiled model shares everything with the original
-        self.model,self.granularity,self.method,self.criteria = model,as_granularity(granularity),as_method(method),as_criterion(criteria)
-        if isinstance(self.granularity, NM): self.method = local # every layer has the same pattern: nothing to share out
+        self.model,self.granularity = model,as_granularity(granularity)
+        self.method,self.criteria = as_method(method),as_criterion(criteria)
+        if isinstance(self.granularity, NM): self.method = local # the same pattern everywhere: nothing to share out
         targets,self.left_dense = find_targets(model, self.granularity, layers, exclude)
         self.targets = {t.name: t for t in targets}
         self.frozen = {t.name for t in targets if trainable_only and not t.layer.weight.requires_grad}
-        if len(self.frozen) == len(targets): raise ValueError("all layers to prune are frozen (requires_grad=False); unfreeze some, as with learn.unfreeze()")
+        if len(self.frozen) == len(targets):
+            raise ValueError("all layers to prune are frozen (requires_grad=False); "
+                             "unfreeze some, as with learn.unfreeze()")
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads = evidence_of(self.criteria)
         self._named = layers is not None
@@ -149,11 +158,12 @@ _is_returned = 'its outputs are outputs of the model (classes, say); name it in 
 
 @patch
 def reset(self:Sparsifier):
-    "Forget all masks, as a new `Sparsifier` would: what is zero now is taken over, nothing else is known; for weights that were loaded back"
+    "Forget all masks, for weights that were loaded back: what is zero now is taken over, as by a new `Sparsifier`"
     self._check_current(self.targets.values())
     self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in self.targets.values()}
     self._found = set(self.masks) - self._pruned_before() # targets whose masks were only taken over
-    self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in self._reads if e != 'generator'}
+    kept = [e for e in self._reads if e != 'generator']
+    self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in kept}
     self._following,self._aside,self._told = {},{},() # what follows now, its values before it did, what was said
     self._update_followers()
 
@@ -162,16 +172,20 @@ _made = WeakKeyDictionary() # the masks that were made last, by model, so that a
 @patch
 def _pruned_before(self:Sparsifier): # targets of which everything is still zero that was pruned in this model before
     was = _made.get(self.model, {})
-    return {n for n,m in self.masks.items() if n in was and was[n].shape == m.shape and not (m & ~self._on(was, n, m)).any()}
+    known = {n: m for n,m in self.masks.items() if n in was and was[n].shape == m.shape}
+    return {n for n,m in known.items() if not (m & ~self._on(was, n, m)).any()}
 
+# %% ../nbs/09_sparsifier.ipynb #981be550
 @patch
 def _like(self:Sparsifier, t, mask): # as the weight lies in memory
-    return mask if mask.shape == t.weight.shape and mask.stride() == t.weight.stride() else torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
+    if mask.shape == t.weight.shape and mask.stride() == t.weight.stride(): return mask
+    return torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
 
 @patch
 def _infer(self:Sparsifier, t):
     if t.weight.amin().isnan():
-        raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; load weights from before the training diverged")
+        raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; "
+                         "load weights from before the training diverged")
     alive = t.groups.alive(t.weight.bool())
     emptied = t.name in _made.get(self.model, {}) and not _made[self.model][t.name].any()
     if not count(alive) and not self._whole_layers and not emptied: alive = torch.ones_like(alive)
@@ -195,20 +209,23 @@ def is_current(self:Sparsifier) -> bool:
 @patch
 def _outdated(self:Sparsifier, targets):
     there = {id(m) for m in self.model.modules()}
-    return {t.layer_name: 'has been replaced' if id(t.layer) not in there else f'is computed at each forward now ({type(t.layer).__name__})'
-            for t in targets if id(t.layer) not in there or 'weight' not in t.layer._parameters}
+    gone = {t.layer_name: 'has been replaced' for t in targets if id(t.layer) not in there}
+    return gone | {t.layer_name: f'is computed at each forward now ({type(t.layer).__name__})' for t in targets
+                   if t.layer_name not in gone and 'weight' not in t.layer._parameters}
 
 @patch
 def _check_current(self:Sparsifier, targets):
     if gone := self._outdated(targets):
         said = ', '.join(f"the weight of layer {n!r} {why}" for n,why in list(gone.items())[:5])
-        raise ValueError(f"the model is not the one that this Sparsifier looked at: {said}; make a new Sparsifier of the model as it is now")
+        raise ValueError(f"the model is not the one that this Sparsifier looked at: {said}; "
+                         "make a new Sparsifier of the model as it is now")
 
 @patch
 def _layers_now(self:Sparsifier): # of the targets, by name, replaced ones included
     now = dict(self.model.named_modules())
     ids = {id(m) for m in now.values()}
-    layers = {t.layer_name: t.layer if id(t.layer) in ids else now.get(t.layer_name) for t in self.targets.values() if t.name not in self.frozen}
+    some = [t for t in self.targets.values() if t.name not in self.frozen]
+    layers = {t.layer_name: t.layer if id(t.layer) in ids else now.get(t.layer_name) for t in some}
     return {n: m for n,m in layers.items() if m is not None and layer_type(m) is not None}
 
 # %% ../nbs/09_sparsifier.ipynb #7c1f04f2
@@ -220,18 +237,25 @@ def prune_layer(self:Sparsifier,
 ):
     "Prune one layer to `sparsity` percent; nothing else of the model is touched"
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
-    found = [t for t in self.targets.values() if layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))]
-    if not found:
-        self._check_current(t for t in self.targets.values() if layer in (t.layer_name, t.name))
-        name = layer if isinstance(layer, str) else next((n for n,m in self.model.named_modules() if m is layer), type(layer).__name__)
-        raise ValueError(f"{name!r} is not a layer of this Sparsifier" + (f" ({self.left_dense[name]})" if name in self.left_dense else '') +
-                         f"; its layers are {', '.join(t.layer_name or '(the model itself)' for t in self.targets.values())}")
-    if isinstance(sparsity, dict): raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict")
+    meant = lambda t: layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))
+    found = [t for t in self.targets.values() if meant(t)]
+    if not found: self._no_layer(layer)
+    if isinstance(sparsity, dict):
+        raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict")
     self._reach(self._plan(hint_percent(sparsity), round_to, found, local), 1., local)
 
 @patch
+def _no_layer(self:Sparsifier, layer):
+    self._check_current(t for t in self.targets.values() if layer in (t.layer_name, t.name))
+    names = {id(m): n for n,m in self.model.named_modules()}
+    name = layer if isinstance(layer, str) else names.get(id(layer), type(layer).__name__)
+    why = f" ({self.left_dense[name]})" if name in self.left_dense else ''
+    known = ', '.join(t.layer_name or '(the model itself)' for t in self.targets.values())
+    raise ValueError(f"{name!r} is not a layer of this Sparsifier{why}; its layers are {known}")
+
+@patch
 def prune_model(self:Sparsifier,
-    sparsity:float|dict, # Percent of the targets' weights that shall be zero, or with 'local' a dict {layer selector: percent}
+    sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' a dict {selector: percent}
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
 ):
     "Prune all targets to `sparsity` percent"
@@ -251,8 +275,10 @@ def _plan(self:Sparsifier, sparsity, round_to, targets, method):
     check_request(sparsity, self.granularity, self.method, round_to)
     self._check_current(targets)
     end = self._each(sparsity, targets) if isinstance(sparsity, dict) else {t.name: float(sparsity) for t in targets}
-    if isinstance(self.granularity, NM): end = {n: self.granularity.percent if p else 0. for n,p in end.items()} # 66.67 means two of three
-    small = [f'{self.targets[n].layer_name} ({self.targets[n].groups.n})' for n,p in end.items() if p and self.targets[n].groups.n < (round_to or 1)]
+    if isinstance(self.granularity, NM): # 66.67 means two of three
+        end = {n: self.granularity.percent if p else 0. for n,p in end.items()}
+    asked = [self.targets[n] for n,p in end.items() if p]
+    small = [f'{t.layer_name} ({t.groups.n})' for t in asked if t.groups.n < (round_to or 1)]
     if small:
         raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; "
                          "use a smaller one, or leave them out with exclude=")
@@ -267,7 +293,8 @@ def _each(self:Sparsifier, sparsity, targets):
         ids = {tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
         found = {t.name: float(percent) for t in targets if tensor_id(t.layer) in ids}
         if not found:
-            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune, which are {', '.join(t.layer_name for t in targets)}")
+            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune, which are "
+                             f"{', '.join(t.layer_name for t in targets)}")
         percents |= found
     return percents
 
@@ -275,9 +302,9 @@ def _each(self:Sparsifier, sparsity, targets):
 @patch
 def _within(self:Sparsifier, start, end, method): # zeros that were taken over are held up to what is asked for
     if method is local: return {n: min(p, end[n]) if n in self._found else p for n,p in start.items()}
-    size = {n: self.targets[n].weight.numel() for n in end}
-    found,pruned,asked = (sum(p*size[n] for n,p in ps.items() if which(n)) for ps,which in
-                          ((start, self._found.__contains__), (start, lambda n: n not in self._found), (end, size.__contains__)))
+    weights = lambda percents, names: sum(percents[n]*self.targets[n].weight.numel() for n in names)
+    found,asked = weights(start, end.keys() & self._found),weights(end, end)
+    pruned = weights(start, end.keys() - self._found)
     share = min(max(asked - pruned, 0)/found, 1.) if found else 1.
     return {n: p*share if n in self._found else p for n,p in start.items()}
 
@@ -286,19 +313,24 @@ def _forget_untrue(self:Sparsifier, end, method):
     untrue = [t for t in map(self.targets.get, end) if t.name not in self._found and self._gone[t.name]
               and not is_held(t.weight, self._on(self.masks, t.name, t.weight))]
     if not untrue: return
-    held,asked = ({n: p*self.targets[n].weight.numel()/100 for n,p in ps.items()} for ps in ({n: self._percent(self.targets[n]) for n in end}, end))
-    less = [t for t in untrue if (asked[t.name] < held[t.name] if method is local else sum(asked.values()) < sum(held.values()))]
-    for t in less: self.masks[t.name] = self._like(t, t.groups.expand(t.groups.alive(self.masks[t.name] | t.weight.bool())))
+    held = {n: self._percent(self.targets[n]) for n in end}
+    in_all = lambda percents: sum(p*self.targets[n].weight.numel() for n,p in percents.items())
+    less = [t for t in untrue if (end[t.name] < held[t.name] if method is local else in_all(end) < in_all(held))]
+    for t in less:
+        zero = t.groups.alive(self._on(self.masks, t.name, t.weight) | t.weight.bool())
+        self.masks[t.name] = self._like(t, t.groups.expand(zero))
     if less: self._update_followers()
-    elif untrue: warn(f"pruned weights of {', '.join(t.layer_name or 'the layer' for t in untrue[:5])}{', ...'*(len(untrue) > 5)} were changed since, and are pruned again; "
-                      "after a training step call apply_masks(), after loading weights back call reset()")
+    else:
+        names = ', '.join(t.layer_name or 'the layer' for t in untrue[:5]) + ', ...'*(len(untrue) > 5)
+        warn(f"pruned weights of {names} were changed since, and are pruned again; "
+             "after a training step call apply_masks(), after loading weights back call reset()")
 
 # %% ../nbs/09_sparsifier.ipynb #0f8c7f2a
 @patch
 def advance(self:Sparsifier,
     plan:Plan, # Made by `plan`
     progress:float, # How much of the plan, from 0 to 1
-    agree:Callable|None=None, # Called with each new mask, as {name: mask}, before it is applied, to let several processes agree on it in place
+    agree:Callable|None=None, # Called with {name: mask} before it is applied, for processes to agree on it in place
 ) -> float: # Percent of the planned targets' weights that the masks now make zero
     "Carry out `plan` up to this `progress`: choose the masks anew, and apply them"
     return self._reach(plan, progress, self.method, agree)
@@ -313,7 +345,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
         lost,held,squeezed = self._share_out(plan, progress, method, scores, n, step)
         some = {i for i,k in enumerate(lost) if 0 < k < n[i]}
         for i in some: scores.find(i, lost[i]) # an error changes nothing
-        for i,(t,k) in enumerate(zip(targets, lost)): # one at a time, so that the old masks and the new ones never stand in memory together
+        for i,(t,k) in enumerate(zip(targets, lost)): # one at a time: never all old and all new masks in memory
             kept = _choose(scores, i, k, t.groups, i in held) if i in some else torch.tensor(k == 0)
             mask = self._like(t, t.groups.expand(kept) if i in some else kept)
             if agree is not None: agree({t.name: mask})
@@ -326,17 +358,19 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     self._apply(set(plan.end))
     got = [k*s for k,s in zip(lost, step)]
     if progress == 1:
-        self._tell(plan, targets, got, method, bound=any(k == n_-1 for k,n_ in zip(lost, n)), found=found or held - squeezed,
-                   squeezed=[targets[i].layer_name for i in sorted(squeezed)])
+        bound = any(k == n_-1 for k,n_ in zip(lost, n))
+        names = [targets[i].layer_name for i in sorted(squeezed)]
+        self._tell(plan, targets, got, method, bound, found or held - squeezed, names)
     return 100*sum(got)/sum(t.weight.numel() for t in targets)
 
 # %% ../nbs/09_sparsifier.ipynb #0243dc03
 @patch
-def _share_out(self:Sparsifier, plan, progress, method, scores, n, step): # groups that each target loses; targets held at the floor; those of them for their low scores
+def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
+    "Groups that each target loses; the targets that are down to the floor; those of them that are for their low scores"
     targets = scores.layers
     sizes = {t.name: t.weight.numel() for t in targets}
     wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._gone[t.name] for t in targets]
-    if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow: nothing returns to come nearer
+    if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow
     floor,level = [0 if self._whole_layers else 1]*len(n),[False]*len(n)
     if method is global_ and len(n) > 1 and not self._whole_layers and any(wanted):
         channels,level = [getattr(t.groups, 'channels', 0) for t in targets],[scores.level(i) for i in range(len(n))]
@@ -365,17 +399,21 @@ def _choose(scores, i, k, groups, held): # which groups a target keeps
 @patch
 def _tell(self:Sparsifier, plan, targets, got, method, bound, found, squeezed): # what did not come as it was asked for
     said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
-    sizes,zeros = [t.weight.numel() for t in targets],sum(t.weight.numel() - count(t.weight.bool()) for t in targets) if found else 0
+    sizes,zeros = [t.weight.numel() for t in targets],sum(_zeros(t.weight) for t in targets) if found else 0
     if zeros - sum(got) > .01*sum(sizes) and not matters: # taken over, or never moved
-        asked = sum(plan.end[t.name]*n/100 for t,n in zip(targets, sizes))
-        said,matters = f"{asked_and_got(asked, zeros, sum(sizes))}: these zeros were there before, and those beyond {sum(got):,} are free to change",True
+        said = asked_and_got(sum(plan.end[t.name]*n/100 for t,n in zip(targets, sizes)), zeros, sum(sizes))
+        said,matters = f"{said}: these zeros were there before, and those beyond {sum(got):,} are free to change",True
     self._told = (said,) if said else ()
     if matters: warn(said)
     if squeezed and sum(got):
         names = ', '.join(squeezed[:5]) + (f' and {len(squeezed)-5} more' if len(squeezed) > 5 else '')
-        self._told += (f"{names} {'are' if len(squeezed) > 1 else 'is'} down to the least that one ranking over all layers leaves a layer, as the scores there are "
-                       "small beside those of others; if accuracy suffers, try method='local', or leave such layers out with exclude=",)
+        be = 'are' if len(squeezed) > 1 else 'is'
+        self._told += (f"{names} {be} down to the least that one ranking over all layers leaves a layer, as the scores "
+                       "there are small beside those of others; if accuracy suffers, try method='local', "
+                       "or leave such layers out with exclude=",)
         warn(self._told[-1])
+
+def _zeros(w): return w.numel() - count(w.bool())
 
 # %% ../nbs/09_sparsifier.ipynb #c20c0a96
 @patch
@@ -392,7 +430,8 @@ def trial(self:Sparsifier):
 Sparsifier._state = ('masks','_found','_memory','_following','_aside','_gone','_told') # all that pruning changes
 
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
-    return {k: _copied(x) for k,x in v.items()} if isinstance(v, dict) else v.clone() if isinstance(v, torch.Tensor) else set(v) if isinstance(v, set) else v
+    if isinstance(v, dict): return {k: _copied(x) for k,x in v.items()}
+    return v.clone() if isinstance(v, torch.Tensor) else set(v) if isinstance(v, set) else v
 
 # %% ../nbs/09_sparsifier.ipynb #c88fa2c9
 @patch
@@ -405,7 +444,8 @@ def pairs(self:Sparsifier,
             if 'weight' not in t.layer._parameters: self._check_current([t])
             yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
     for f in self._followers:
-        if f.name in self._following and (names is None or names & set(f.targets)): yield f.tensor, self._on(self._following, f.name, f.tensor)
+        if f.name in self._following and (names is None or names & set(f.targets)):
+            yield f.tensor, self._on(self._following, f.name, f.tensor)
 
 @patch
 def apply_masks(self:Sparsifier):
@@ -429,7 +469,8 @@ def _update_followers(self:Sparsifier, returning=True): # and count, after a cha
     self._gone = {n: m.numel() - count(m) for n,m in self.masks.items()}
     alive = {n: output_groups(t.layer).alive(self.masks[n])[0] for n,t in self.targets.items() if t.whole_outputs}
     before = self._following
-    self._following = {f.name: f.mask(alive) for f in self._followers} if any(count(a) < len(a) for a in alive.values()) else {}
+    some = any(count(a) < len(a) for a in alive.values())
+    self._following = {f.name: f.mask(alive) for f in self._followers} if some else {}
     for f in self._followers: self._put_aside(f, before, returning)
 
 @patch
@@ -438,7 +479,7 @@ def _put_aside(self:Sparsifier, f, before, returning):
     was,now = before.get(f.name, none).to(t.device),self._following.get(f.name, none)
     if f.name not in self._aside: self._aside[f.name] = t.clone()
     self._aside[f.name] = torch.where(was & ~now, t, self._aside[f.name].to(t.device))
-    if returning and (back := now & ~was).any(): # at zero in both, or behind a ReLU at zero, no gradient would ever reach the filter
+    if returning and (back := now & ~was).any(): # with zeros in both, no gradient would ever reach the filter
         as_it_was = self._aside[f.name][back]
         t[back] = as_it_was.masked_fill(as_it_was == 0, 1) if f.attr == 'weight' else as_it_was
 
@@ -447,7 +488,7 @@ def _put_aside(self:Sparsifier, f, before, returning):
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
     weights = [read_weight(m) for m in self._layers_now().values()]
-    return 100*sum(w.numel() - count(w.bool()) for w in weights)/max(sum(w.numel() for w in weights), 1)
+    return 100*sum(map(_zeros, weights))/max(sum(w.numel() for w in weights), 1)
 
 @patch
 def planned(self:Sparsifier) -> float: # Percent
@@ -460,9 +501,9 @@ def reach(self:Sparsifier) -> float: # Percent
     "How much of what could be asked for the targets are: of all tensors of two or more axes that nobody left out"
     held = sum(t.weight.numel() for n,t in self.targets.items() if n not in self.frozen)
     params,layers = dict(self.model.named_parameters()),dict(self.model.named_modules())
-    dense = {id(p): p.numel() for n in self.left_dense for p in ([params[n]] if n in params else [q for q in layers[n].parameters(recurse=True) if q.dim() > 1])
-             if not isinstance(p, nn.parameter.UninitializedParameter)}
-    return 100*held/(held + sum(dense.values()))
+    dense = {id(p): p for n in self.left_dense for p in ([params[n]] if n in params else layers[n].parameters())}
+    there = [p for p in dense.values() if not isinstance(p, nn.parameter.UninitializedParameter) and p.dim() > 1]
+    return 100*held/(held + sum(p.numel() for p in there))
 
 @patch
 def report(self:Sparsifier) -> SparsityReport: # A value that shows itself as a table
@@ -476,65 +517,81 @@ def print_sparsity(self:Sparsifier):
 
 @patch
 def __repr__(self:Sparsifier):
-    return f"Sparsifier of {len(self.targets)} tensors by {self.granularity}, {_name(self.method)}, {_name(self.criteria)}: {self.sparsity():.2f} % zero"
+    how = f"{self.granularity}, {_name(self.method)}, {_name(self.criteria)}"
+    return f"Sparsifier of {len(self.targets)} tensors by {how}: {self.sparsity():.2f} % zero"
 
 # %% ../nbs/09_sparsifier.ipynb #a48c69bb
 @patch
 def _notes(self:Sparsifier):
     notes = [f'{n}.' for n in self._told]
-    notes += [f"{ns} {'has been replaced' if 'replaced' in why else why} since this Sparsifier was made: no mask holds there." for why,ns in by_reason(self._outdated(self.targets.values())).items()]
+    for why,ns in by_reason(self._outdated(self.targets.values())).items():
+        notes.append(f"{ns} {why}, since this Sparsifier was made: no mask holds there.")
     for why,ns in by_reason(self.left_dense).items():
         if why.startswith('it has'): notes.append(f"{ns} {why[3:]}.")
         else: notes.append(f"{ns} {'are' if ', ' in ns or ' more' in ns else 'is'} left dense: {why}.")
-    notes += [f'{t.layer_name} has a forward of its own ({type(t.layer).__name__}): zeros last only if it uses its weight as it is.'
-              for t in self.targets.values() if not native_forward(t.layer)]
-    notes += self.flow_notes()
-    held,total = sum(t.weight.numel() for n,t in self.targets.items() if n not in self.frozen),sum(p.numel() for p in self.model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
-    if held < total/2: notes.append(f'The targets hold {100*held/total:.2g} % of the parameters of the model; all others are dense.')
-    return notes
+    own = {t.layer_name: type(t.layer).__name__ for t in self.targets.values() if not native_forward(t.layer)}
+    notes += [f'{n} has a forward of its own ({cls}): zeros last only if it uses its weight as it is.'
+              for n,cls in own.items()]
+    return notes + self.flow_notes() + self._small_part()
 
+@patch
+def _small_part(self:Sparsifier):
+    held = sum(t.weight.numel() for n,t in self.targets.items() if n not in self.frozen)
+    total = sum(p.numel() for p in self.model.parameters() if not isinstance(p, nn.parameter.UninitializedParameter))
+    part = f'The targets hold {100*held/total:.2g} % of the parameters of the model; all others are dense.'
+    return [part] if held < total/2 else []
+
+# %% ../nbs/09_sparsifier.ipynb #659e4c27
 @patch
 def flow_notes(self:Sparsifier) -> list[str]:
     "What of the data flow behind pruned outputs is not known"
-    notes = []
-    lost = self._lost
-    if lost:
-        notes.append(f"{', '.join(lost[:5])}{', ...'*(len(lost) > 5)}: what flows in could not be followed to its filters, "
-                     "so nothing is masked there.")
-    if self._unclear and any(self._gone.values()):
-        notes.append(f"{', '.join(self._unclear[:5])}{', ...'*(len(self._unclear) > 5)}: what becomes of pruned outputs there cannot be told from "
-                     "the code; pass example_input= to have one forward watched.")
-    if self.untraced: notes.append(f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).')
-    if told := [t.layer_name for n,t in self.targets.items() if n in self._returned and self._gone[n]]:
-        notes.append(f"{', '.join(told[:5])}{', ...'*(len(told) > 5)}: what is pruned there is an output of the model (a class, say) that is always zero.")
-    return notes
+    some = lambda names: ', '.join(names[:5]) + ', ...'*(len(names) > 5)
+    returned = [t.layer_name for n,t in self.targets.items() if n in self._returned and self._gone[n]]
+    unclear = self._unclear if any(self._gone.values()) else ()
+    notes = {
+        'what flows in could not be followed to its filters, so nothing is masked there.': self._lost,
+        ('what becomes of pruned outputs there cannot be told from the code; '
+         'pass example_input= to have one forward watched.'): unclear,
+        'what is pruned there is an output of the model (a class, say) that is always zero.': returned}
+    why = f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).'
+    return [f'{some(names)}: {note}' for note,names in notes.items() if names] + [why]*bool(self.untraced)
 
 # %% ../nbs/09_sparsifier.ipynb #edf875b4
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"
-    return {'masks': {n: m.clone() for n,m in self.masks.items()}, **{e: {n: t.clone() for n,t in ts.items()} for e,ts in self._memory.items()}}
+    return _copied({'masks': self.masks, **self._memory})
 
 @patch
 def load_state_dict(self:Sparsifier,
     state:dict, # Made by `state_dict`
 ):
     "Take over masks and memory, and apply the masks; a ValueError if they are not those of these targets"
-    if not isinstance(state, dict): raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
+    if not isinstance(state, dict):
+        raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
     expected = {'masks': self.masks, **self._memory}
     if set(state) != set(expected):
-        raise ValueError(f"the state has {sorted(map(str, state))}, but this Sparsifier keeps {sorted(expected)}; it has to have the same criteria")
+        raise ValueError(f"the state has {sorted(map(str, state))}, but this Sparsifier keeps {sorted(expected)}; "
+                         "it has to have the same criteria")
     for kind,now in expected.items(): _check_state(kind, state[kind], now)
     for kind,now in expected.items(): now.update({n: torch.empty_like(now[n]).copy_(t) for n,t in state[kind].items()})
     self._found = set()
     self._update_followers()
     self.apply_masks()
 
-def _check_state(kind, given, now):
-    if not isinstance(given, dict): raise ValueError(f"the {kind} are a {type(given).__name__}; they have to be a dict {{parameter name: tensor}}, as state_dict() gives")
+# %% ../nbs/09_sparsifier.ipynb #b75bcada
+def _check_state(kind, given, now): # kind: 'masks', or what is remembered; now: what is expected
+    if not isinstance(given, dict):
+        raise ValueError(f"the {kind} are a {type(given).__name__}; they have to be a dict {{parameter name: tensor}}, "
+                         "as state_dict() gives")
     if set(given) != set(now):
-        raise ValueError(f"the {kind} do not fit the targets: missing {sorted(set(now)-set(given))}, too many {sorted(map(str, set(given)-set(now)))}")
+        missing,many = sorted(set(now)-set(given)),sorted(map(str, set(given)-set(now)))
+        raise ValueError(f"the {kind} do not fit the targets: missing {missing}, too many {many}")
     for n,t in given.items():
-        if not isinstance(t, torch.Tensor): raise ValueError(f"the {kind} of {n} is a {type(t).__name__}; it has to be a tensor of shape {tuple(now[n].shape)}")
-        if kind == 'masks' and t.dtype != torch.bool: raise ValueError(f"the mask of {n} has type {t.dtype}; it has to be bool, True = kept")
-        if t.shape != now[n].shape: raise ValueError(f"the {kind} of {n} has shape {tuple(t.shape)}, but the weight has {tuple(now[n].shape)}")
+        shape = tuple(now[n].shape)
+        if not isinstance(t, torch.Tensor):
+            raise ValueError(f"the {kind} of {n} is a {type(t).__name__}; it has to be a tensor of shape {shape}")
+        if kind == 'masks' and t.dtype != torch.bool:
+            raise ValueError(f"the mask of {n} has type {t.dtype}; it has to be bool, True = kept")
+        if t.shape != now[n].shape:
+            raise ValueError(f"the {kind} of {n} has shape {tuple(t.shape)}, but the weight has {shape}")

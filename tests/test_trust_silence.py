@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from core_helpers import bits, linear, same
-from fastai_helpers import On, column, conv, fit, learner, seed, state_of
+from fastai_helpers import On, column, conv, fit, learner, loaders, seed, state_of
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
 from fastsparse.criteria import available_criteria, as_criterion
 from fastsparse.mask import ZeroHolder
@@ -615,3 +615,74 @@ def test_what_could_not_be_followed_is_told_at_the_start_of_a_fit_once():
         warnings.simplefilter('always', SparsityWarning)
         fit(learn, 2, cbs=cb), fit(learn, 1, cbs=cb)
     assert [(m[:12], t) for m, t in when if 'could not be' in m] == [('The data flo', 'start')]
+
+
+# in a fit the first batch is watched
+
+def segmenter(depthwise=False):
+    seed()
+    middle = [nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU()] if depthwise else []
+    return nn.Sequential(*conv(1, 8), *middle, nn.Conv2d(8, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_outputs_of_the_model_are_no_filters_unless_they_are_named():
+    learn, cb = learner(segmenter()), SparsifyCallback(50, 'filter')
+    fit(learn, 2, cbs=cb)
+    assert list(cb.sparsifier.targets) == ['0.weight'] and (learn.model[3].weight != 0).all() and share(learn.model[0]) == 50
+    assert 'its outputs are outputs of the model' in cb.sparsifier.left_dense['3'] and '3 is left dense: its outputs are outputs' in str(cb.report)
+    assert column(learn)[-1] == 50
+    learn, cb = learner(segmenter()), SparsifyCallback(50, 'filter', 'local', layers=nn.Conv2d)
+    said = told(fit, learn, 2, cbs=cb)
+    assert share(learn.model[3]) == 50 and '3: what is pruned there is an output of the model' in str(cb.report), said
+
+
+def test_without_an_example_outputs_of_the_model_are_told():
+    model = segmenter()
+    s = Sparsifier(model, 'filter', 'local')
+    assert not any('output of the model' in n for n in s.report().notes)
+    s.prune_model(50)
+    assert any(n.startswith('3: what is pruned there is an output of the model') for n in s.report().notes)
+    s = Sparsifier(segmenter(), 'filter', example_input=torch.randn(2, 1, 8, 8))
+    assert list(s.targets) == ['0.weight'] and '3' in s.left_dense
+
+
+def test_a_depthwise_channel_behind_a_pruned_filter_is_zero_after_a_fit():
+    learn, cb = learner(segmenter(True)), SparsifyCallback(50, 'filter', 'local', layers='0')
+    with torch.no_grad(): learn.model[4].bias.fill_(1)
+    fit(learn, 2, cbs=cb)
+    dead = ~cb.sparsifier.masks['0.weight'].flatten(1).any(1)
+    out = learn.model[:6].eval()(torch.randn(4, 1, 8, 8))
+    assert dead.sum() == 4 and not out[:, dead].any() and not told(Sparsifier, learn.model)
+    s = Sparsifier(segmenter(True), 'filter', 'local', layers='0')
+    s.prune_model(50)
+    assert any('3: what becomes of pruned outputs there cannot be told from the code; pass example_input=' in n for n in s.report().notes)
+
+
+def test_steps_of_a_sequence_are_no_features():
+    "A BatchNorm1d behind a Linear may be over features, or over steps"
+    def model():
+        seed()
+        m = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        nn.init.ones_(m[1].bias)
+        return m
+    m = model()
+    s = Sparsifier(m, 'row', 'local', layers='0', example_input=torch.randn(5, 8, 4))
+    s.prune_model(50)
+    assert (m[1].bias == 1).all() and not s._unclear
+    m = model()
+    s = Sparsifier(m, 'row', 'local', layers='0', example_input=torch.randn(5, 4))
+    s.prune_model(50)
+    assert int((m[1].bias == 0).sum()) == 4
+    s = Sparsifier(model(), 'row', 'local')
+    s.prune_model(50)
+    assert any(n.startswith('1: what becomes of pruned outputs there cannot be told') for n in s.report().notes)
+
+
+def test_watching_the_first_batch_leaves_training_as_it_was():
+    seed()
+    model = nn.Sequential(*conv(1, 8), nn.Dropout(.5), *conv(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    plain, watched = (learner(copy.deepcopy(model), loaders(shuffle=True)) for _ in range(2))
+    for learn, cbs in ((plain, None), (watched, SparsifyCallback(0, 'filter'))):
+        seed(1)
+        fit(learn, 2, cbs=cbs)
+    assert same(state_of(plain.model), state_of(watched.model))
