@@ -8,8 +8,8 @@ Docs: https://fastsparse.github.io/fastsparse/learner.html.md"""
 __all__ = []
 
 # %% ../nbs/12a_learner.ipynb #b3137e77
-import torch
 from fastai.learner import Learner
+from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch
 from .compact import compact as _compact
 from .compact import Compacted
@@ -17,11 +17,16 @@ from .watch import map_tensors, tensors_in
 
 # %% ../nbs/12a_learner.ipynb #acd65bed
 def _first_inputs(learn, n=2): # of the training data, with nothing used up
-    with torch.random.fork_rng([]):
-        state = learn.dls.train.rng.getstate()
-        try: batch = learn.dls.train.one_batch()
-        finally: learn.dls.train.rng.setstate(state)
-    xb = tuple(map_tensors(lambda t: t[:n], x) for x in batch[:learn.dls.n_inp])
+    states,rng = get_random_states(),getattr(learn.dls.train, 'rng', None)
+    drawn = rng and rng.getstate()
+    try: batch = next(iter(learn.dls.train))
+    finally:
+        set_random_states(**states)
+        if rng: # each pass over the data makes another one
+            learn.dls.train.rng = rng
+            rng.setstate(drawn)
+    n_inp = getattr(learn.dls, 'n_inp', 1 if len(batch) == 1 else len(batch)-1) # as fastai splits a batch
+    xb = tuple(map_tensors(lambda t: t[:n], x) for x in batch[:n_inp])
     device = next(learn.model.parameters()).device
     return map_tensors(lambda t: t.to(device), xb)
 

@@ -467,3 +467,18 @@ def test_heads_and_bodies_of_fastai():
         zero_groups(m, x)
         c = check(m, x)
         assert c.weights[1] < .3*c.weights[0] and not c.notes
+
+
+def test_compact_of_a_learner_with_plain_loaders_takes_nothing_from_the_random_state():
+    import random
+    from fastai_helpers import fit, learner, loaders
+    from fastsparse.callback import SparsifyCallback
+    from fastsparse import learner as _ # noqa: F401 (learn.compact)
+    learn = learner(dls=loaders(shuffle=True))
+    fit(learn, 1, cbs=SparsifyCallback(50, 'filter', 'local', layers=torch.nn.Conv2d))
+    before, states = learn.validate(), (torch.get_rng_state(), random.getstate(), learn.dls.train.rng.getstate())
+    result = learn.compact()
+    after = (torch.get_rng_state(), random.getstate(), learn.dls.train.rng.getstate())
+    assert torch.equal(states[0], after[0]) and states[1:] == after[1:]
+    assert sum(p.numel() for p in learn.model.parameters()) < 1000 and result.model is learn.model
+    assert learn.validate()[0] == pytest.approx(before[0], rel=1e-4)

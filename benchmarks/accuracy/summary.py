@@ -43,7 +43,7 @@ def panel(ax, runs:pd.DataFrame, title:str):
         ax.errorbar(m.index, m, [m-by.min(), by.max()-m], color=colour, label=arm, marker='o', ms=4, capsize=3)
     ax.set(xlabel='weights that are zero (%)', ylabel='right on test images (%)', title=title, xticks=sorted(set(runs.percent) - {0}))
     ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False, loc='lower left', fontsize=9)
+    ax.legend(frameon=False, loc='best' if dense.mean() < 80 else 'lower left', fontsize=9)
 
 def parts(runs:pd.DataFrame):
     "(title, runs) of each task and training"
