@@ -280,6 +280,7 @@ def load_state_dict(self:SparsifyCallback,
     state:dict, # Made by `state_dict`
 ):
     "Start the next fit with the masks, and what the criterion remembers, of `state`"
+    if not isinstance(state, dict): raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
     self._resumed = dict(state)
 
 @patch
@@ -306,6 +307,7 @@ def make_holder(self:SparsifyCallback):
     start = None
     if self._resumed is not None:
         start = self._resumed.get('start')
+        sparsifier._leave_returned(sparsifier.targets.keys() - self._resumed.get('masks', sparsifier.targets).keys())
         sparsifier.load_state_dict({k: v for k,v in self._resumed.items() if k != 'start'})
     elif hasattr(self.learn, 'skip_to_epoch') and self.schedule(1.) < 1: start = {} # a schedule that falls began lower
     self._plan,self._resumed_at = self._planned(sparsifier, start),start
@@ -401,7 +403,8 @@ def _go_to(self:SparsifyCallback, position):
 @patch
 def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, and which of them the model returns
     self._unseen,s = False,self.sparsifier
-    few = map_tensors(lambda t: t[:2], tuple(self.xb))
+    sample = lambda t: t[:2] if t.dim() else t
+    few = tuple(x[:2] if isinstance(x, list) else map_tensors(sample, x) for x in self.xb) # a list is one of samples
     with torch.autocast(next(s.model.parameters()).device.type, enabled=False): s.watch(few)
     self._plan = self._planned(s, self._resumed_at)
     self._start = self._plan.start
@@ -438,9 +441,10 @@ def after_fit(self:SparsifyCallback):
     if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began
         if self.reset_end and self._snapshot: self._rewind()
         if self._progress != self.schedule(1.):
-            now = self.current_sparsity
-            warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {self.sparsity} %; "
-                 f"train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
+            now,goal = self.current_sparsity,self.schedule(1.)
+            if goal < 1: warn(f"the fit ended at {now:.4g} % zeros, before its schedule came to its end; train on")
+            else: warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {self.sparsity} %; "
+                       f"train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
     trained = self._active and self.train_iter
     HoldingCallback.after_fit(self)
     if trained: self._compare()
@@ -448,8 +452,11 @@ def after_fit(self:SparsifyCallback):
 
 @patch
 def _compare(self:SparsifyCallback): # what masks say, and what is in the model
-    planned,counted = self.sparsifier.planned(),self.current_sparsity
-    other = getattr(m := get_model(self.learn.model), '_orig_mod', m) is not self.sparsifier.model
+    planned,counted,model = self.sparsifier.planned(),self.current_sparsity,get_model(self.learn.model)
+    if other := getattr(model, '_orig_mod', model) is not self.sparsifier.model:
+        now = dict(model.named_parameters())
+        there = [now[n] for n in self.sparsifier.targets if n in now]
+        counted = 100*sum(int((p == 0).sum()) for p in there)/max(sum(p.numel() for p in there), 1)
     if counted < planned - 1e-3 or other:
         why = "layers were replaced, or weights changed after the last step"
         if other: why = "the Learner's model is another one now"

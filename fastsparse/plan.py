@@ -68,7 +68,8 @@ def hint_percent(
     sparsity, # What was asked for
 ): # `sparsity` itself
     "Warn where `sparsity` is 1, which is one percent here and everything elsewhere"
-    if not isinstance(sparsity, (dict,bool)) and sparsity == 1:
+    asked = sparsity.values() if isinstance(sparsity, dict) else [sparsity]
+    if any(not isinstance(p, bool) and p == 1 for p in asked):
         warn(f"sparsity={sparsity} is one percent; did you mean 100, as 1 does in other tools?")
     return sparsity
 
@@ -122,6 +123,7 @@ def check_options(
     return checked
 
 # %% ../nbs/08_plan.ipynb #7cfb0aef
+@check_options
 def erk(
     model, # Any PyTorch model
     sparsity:float, # Percent of the weights of all these layers together, from 0 to 100
@@ -132,7 +134,7 @@ def erk(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module; "
                          "erk(model, sparsity) looks at the shapes of its layers")
-    check_sparsity(sparsity)
+    check_sparsity(hint_percent(sparsity))
     if isinstance(sparsity, dict):
         raise ValueError(f"sparsity={sparsity!r}: erk makes such a dict, "
                          "and takes one percentage for all layers together")

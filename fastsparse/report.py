@@ -43,10 +43,13 @@ def read_weight(
     layer:nn.Module, # A layer with a weight of any kind
 ) -> torch.Tensor: # Outside of autograd, strided, not quantized
     "The weight of `layer` as it is used; a ValueError says why where it cannot be counted"
-    with _looking(layer): return values(layer.weight() if _packed(layer) else layer.weight)
+    with _looking(layer): w = layer.weight() if _packed(layer) else getattr(layer, 'weight', None)
+    if w is None: raise ValueError('it has no weight that can be read')
+    return values(w)
 
 def _packed(layer): # a quantized module hands out its weight
-    return '_weight_bias' in dir(layer) and callable(getattr(layer, 'weight', None))
+    if '.quantized' not in type(layer).__module__ or isinstance(layer, torch.jit.ScriptModule): return False
+    return callable(getattr(layer, 'weight', None)) and not isinstance(layer.weight, (torch.Tensor, nn.Module))
 
 # %% ../nbs/07_report.ipynb #647a24bc
 @dataclass(frozen=True)
@@ -169,6 +172,9 @@ def _is_layer(m): # of a registered type, or what quantization or scripting has 
     return layer_type(m) is not None or _packed(m) or \
         layer_type(getattr(nn, getattr(m, 'original_name', ''), nn.Identity)) is not None
 
+def _hidden(m): # a quantized module that does not hand out its weight
+    return '.quantized' in type(m).__module__ and not _packed(m) and any('packed' in a or 'all_weight' in a for a in dir(m))
+
 def _listed(model): # layers by name; a tensor that several share is listed once, by its first name
     layers,names = {},{id(p): n for n,p in model.named_parameters()}
     for n,m in model.named_modules():
@@ -192,13 +198,16 @@ def sparsity_report(
     notes:tuple[str,...]=(), # Lines to add below the table
 ) -> SparsityReport: # A value that shows itself as a table
     "Count the zeros of `model`"
+    if not isinstance(model, nn.Module): raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module")
     rows = []
     for n,m in (_listed(model) if layers is None else layers).items():
         try: rows.append(LayerReport.of(n, m))
         except ValueError as e: notes = (*notes, f'{n or "(the model)"} is not counted: {e}.')
     packed = [m.weight() for m in model.modules() if _packed(m) and _is_layer(m)]
     zeros,size = _tally([*model.parameters(), *packed])
-    if not rows and not notes:
+    if hidden := [n for n,m in model.named_modules() if _hidden(m)]:
+        notes = (*notes, f"{', '.join(hidden[:5])}{', ...'*(len(hidden) > 5)}: quantized weights of this kind are not counted.")
+    elif not rows and not notes and not size:
         notes = ('No layer was found whose weight can be counted: a model that was quantized or exported '
                  'may keep its weights in a form of its own.',)
     return SparsityReport(tuple(rows), zeros, size, tuple(notes))

@@ -11,11 +11,12 @@ __all__ = ['check_selector', 'select_layers', 'Target', 'tensor_id', 'changes_we
 import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .granularity import Groups, layer_type
+from .granularity import Groups, is_registered, layer_type
 from .mask import why_unfit
 
 # %% ../nbs/05_select.ipynb #9ee1331f
@@ -90,66 +91,80 @@ def tensor_id(
     layer:nn.Module, # A layer
 ) -> int: # The same for two layers that share their weight
     "The identity of the weight of `layer`; of the layer itself if its weight is computed anew each time"
-    return id(layer._parameters.get('weight', layer))
+    weight = layer._parameters.get('weight')
+    return id(layer if weight is None else weight)
 
 # %% ../nbs/05_select.ipynb #bf490b5b
 def _computed(layer): # what is wrong with a layer that has no plain weight
-    if 'weight' in layer._parameters: return ''
+    if layer._parameters.get('weight') is not None: return ''
+    if 'weight' in layer._parameters: return 'its weight is None'
     return ("its weight is computed at each forward, so zeros in it would not last; make it a plain parameter first "
-            "(torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm(layer) "
-            "or torch.nn.utils.prune.remove(layer, 'weight'))")
+            "(torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm(layer), "
+            "remove_spectral_norm(layer) or torch.nn.utils.prune.remove(layer, 'weight'))")
 
 # %% ../nbs/05_select.ipynb #999090e7
-_used = {'convolution','_convolution','mm','bmm','addmm','addmv','mv','linear','matmul','baddbmm','dot','mkldnn_linear'}
-_zero_to_zero = {'mul','mul_','div','div_','neg','abs','clone','_to_copy','copy_','contiguous','relu','sign','tanh',
-                 'fake_quantize_per_tensor_affine_cachemask','fake_quantize_per_channel_affine_cachemask',
-                 '_fake_quantize_per_tensor_affine_cachemask_tensor_qparams'}
-_measures = {'sum','mean','var','std','var_mean','norm','linalg_vector_norm','amax','amin','aminmax','max','min',
-             '_weight_norm_interface'}
-
 class _WatchWeight(TorchDispatchMode):
-    "Notes the first operation behind which the zeros of a weight may be none any more"
-    def __init__(self, weight):
+    "Where what was made of a weight meets what was made of the input: whether the zeros are still there"
+    def __init__(self, weight, x):
         super().__init__()
-        self.images,self.by = [weight],None # kept, so that no other tensor takes their place
+        self.weight,self.ours,self.theirs,self.by = weight,[weight],[x],'' # kept, so that no other tensor takes their place
+        self.part = self._zeros(weight)
 
-    def _shows(self, t): return any(t.untyped_storage()._cdata == i.untyped_storage()._cdata for i in self.images)
+    def _zeros(self, t): return float(((t == 0) | t.isnan()).float().mean()) # NaN: zero over the norm of zeros
+    def _among(self, t, known): return any(t.untyped_storage()._cdata == k.untyped_storage()._cdata for k in known)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name,given = func.overloadpacket.__name__,tree_leaves((args, kwargs))
-        touched = [t for t in given if isinstance(t, torch.Tensor) and self._shows(t)]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        input_ = any(self._among(t, self.theirs) for t in given)
+        ours = [t for t in given if self._among(t, self.ours) and not self._among(t, self.theirs)]
+        if input_ and any(t.numel() >= self.weight.numel() and self._zeros(t) < self.part - 1e-6 for t in ours):
+            self.by = self.by or func.overloadpacket.__name__
         out = func(*args, **(kwargs or {}))
-        if not touched or name in _used | _measures: return out
-        for t in tree_leaves(out):
-            if not isinstance(t, torch.Tensor) or self._shows(t): continue # a view, or written in place
-            if name in _zero_to_zero: self.images.append(t)
-            elif t.numel() > 1: self.by = self.by or name
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        (self.theirs if input_ else self.ours if ours else []).extend(made)
         return out
 
 # %% ../nbs/05_select.ipynb #e8caa8ca
-def _own_forward(layer): # of the class of layers that is registered, or of a subclass of it
-    registers = lambda c: layer_type(c) is not None and layer_type(c) is not layer_type(c.__mro__[1])
-    known = next(filter(registers, type(layer).__mro__), None)
-    return known is not None and type(layer).forward is not known.forward and known.__module__.startswith('torch.')
+def _own_forward(layer): # in its class, in another one before the registered class, or on the layer itself
+    known = next((c for c in type(layer).__mro__ if is_registered(c)), None)
+    if known is None or not known.__module__.startswith('torch.'): return False
+    return getattr(layer.forward, '__func__', None) is not known.forward
 
-def _made_up(layer): # an input that fits, as small as can be
-    if isinstance(layer, nn.Linear): shape = (2, layer.in_features)
-    else: shape = (2, layer.in_channels, *(1 + d*(k-1) for d,k in zip(layer.dilation, layer.kernel_size)))
-    return torch.rand(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+def _twin(layer):
+    twin = copy.copy(layer)
+    for name in ('_parameters','_buffers'):
+        twin.__dict__[name] = {k: None if t is None else t.detach().clone() for k,t in getattr(layer, name).items()}
+    try: twin.__dict__['_modules'] = copy.deepcopy(layer._modules)
+    except Exception: twin.__dict__['_modules'] = dict(layer._modules)
+    twin.training = False
+    return twin
+
+def _made_up(layer): # inputs that may fit, as small as can be
+    if isinstance(layer, nn.Linear): return [(2, layer.in_features), (2, 3, layer.in_features)]
+    return [(2, layer.in_channels, *(1 + d*(k-1) for d,k in zip(layer.dilation, layer.kernel_size)))]
 
 # %% ../nbs/05_select.ipynb #e0da9a4a
 @torch.no_grad()
 def changes_weight(
     layer:nn.Module, # A layer of a registered type
-) -> str: # The operation that does it, or what went wrong on the way to see; nothing where zeros are zeros in use
+) -> str: # What is wrong, nothing where zeros are zeros in use
     "Whether a layer with a `forward` of its own makes something else of the zeros in its weight before it uses them"
     if not _own_forward(layer): return ''
-    try:
-        with torch.random.fork_rng(devices=[]):
-            twin = copy.deepcopy(layer).eval()
-            with _WatchWeight(twin.weight) as watch: type(twin).forward(twin, _made_up(twin))
-        return watch.by or ''
-    except Exception as e: return f'{type(e).__name__}: {e}'.splitlines()[0]
+    for shape in _made_up(layer):
+        try:
+            with torch.random.fork_rng(devices=[]): return _try(_twin(layer), shape)
+        except Exception as e: why = f'could not be tried on an input of shape {shape} ({type(e).__name__}: {e})'.splitlines()[0]
+    return why
+
+def _try(twin, shape):
+    w = twin._parameters['weight']
+    w.view(-1)[torch.randperm(w.numel(), device=w.device)[:w.numel()//2]] = 0
+    x = torch.rand(shape, dtype=w.dtype, device=w.device)
+    forward = vars(twin).get('forward', type(twin).forward)
+    if isinstance(forward, MethodType): forward = forward.__func__
+    elif 'forward' in vars(twin): raise TypeError('its forward is a function that was set on the layer')
+    with _WatchWeight(w, x) as watch: forward(twin, x)
+    return watch.by and f'makes something else of its zeros before it uses them ({watch.by})'
 
 # %% ../nbs/05_select.ipynb #4f3dcbfc
 def _why_dense(n, m, granularity, named): # the groups of a layer, or why it stays dense
@@ -161,9 +176,7 @@ def _why_dense(n, m, granularity, named): # the groups of a layer, or why it sta
     if not m.weight.is_floating_point() or m.weight.itemsize < 2 or not m.weight.numel():
         return None,f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'
     if not named and (op := changes_weight(m)):
-        return None,(f'it has a forward of its own ({type(m).__name__}) that does more with the weight '
-                     f'than multiply ({op}), so zeros there would not be zeros in use; '
-                     'name it in layers= to prune it all the same')
+        return None,f'it has a forward of its own ({type(m).__name__}) that {op}; name it in layers= to prune it all the same'
     return groups,''
 
 # %% ../nbs/05_select.ipynb #4361afc1
@@ -188,7 +201,8 @@ def by_reason(
     return {why: some(ns) for why,ns in names.items()}
 
 # %% ../nbs/05_select.ipynb #ea469354
-def _tensors(m): return {tensor_id(m)} | {id(p) for p in m._parameters.values() if p is not None}
+def _tensors(m): # not the bias, which says nothing of the weight
+    return {tensor_id(m)} | {id(p) for _,p in _others_of(m)}
 
 def _split(model, chosen, left_out, granularity, named): # of the chosen layers, the targets, and why others stay dense
     names = {id(p): n for n,p in model.named_parameters()}

@@ -67,7 +67,8 @@ def _evidence(self:_Scores, i):
 def _scored(self:_Scores, t, w, given):
     criteria = self.sparsifier.criteria
     try: scores = criteria(w, **given)
-    except (AttributeError, TypeError) as e:
+    except (AttributeError, TypeError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and 'grad' not in str(e): raise
         raise ValueError(f"the criterion {_name(criteria)} failed at layer {t.layer_name!r} ({type(e).__name__}: {e}); "
                          "it is given the values of the weight as a plain tensor, without gradient, "
                          f"and as evidence what its parameters ask for: {', '.join(given) or 'nothing here'}") from e
@@ -86,6 +87,12 @@ def _ranked(self:_Scores, t, scores, alive):
     if not self.sparsifier._gone[t.name]: return scores
     if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     return bury(scores, alive())
+
+@patch
+def bare(self:_Scores, i): # zeros that were only taken over are not out of the question
+    t = self.layers[i]
+    if t.name not in self.sparsifier._found: return self[i]
+    return t.groups.scores(self._scored(t, t.weight, self._evidence(i)))
 
 def _name(f): return getattr(f, '__name__', str(f)).strip('_')
 
@@ -118,7 +125,7 @@ class Sparsifier(MaskHolder):
                              "unfreeze some, as with learn.unfreeze()")
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads = evidence_of(self.criteria)
-        self._named = layers is not None
+        self._named,self._shapes = layers is not None,{t.name: t.weight.shape for t in targets}
         self._take(self._dependants(example_input))
         if example_input is not None: self._leave_returned()
         self.reset()
@@ -147,10 +154,10 @@ def watch(self:Sparsifier,
     self._update_followers()
 
 @patch
-def _leave_returned(self:Sparsifier): # classes are no filters, unless somebody says so
+def _leave_returned(self:Sparsifier, only=None): # classes are no filters, unless somebody says so
     returned = self._returned & self.targets.keys()
     if self._named or returned == self.targets.keys(): return
-    for n in returned:
+    for n in returned if only is None else returned & only:
         self.left_dense[self.targets.pop(n).layer_name] = _is_returned
         for kept in (getattr(self, 'masks', {}), *getattr(self, '_memory', {}).values()): kept.pop(n, None)
 
@@ -161,7 +168,8 @@ def reset(self:Sparsifier):
     "Forget all masks, for weights that were loaded back: what is zero now is taken over, as by a new `Sparsifier`"
     self._check_current(self.targets.values())
     self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in self.targets.values()}
-    self._found = set(self.masks) - self._pruned_before() # targets whose masks were only taken over
+    self._before = self._pruned_before()
+    self._found = self.masks.keys() - self._before.keys() # targets whose masks were only taken over
     kept = [e for e in self._reads if e != 'generator']
     self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in kept}
     self._following,self._aside,self._told = {},{},() # what follows now, its values before it did, what was said
@@ -170,10 +178,19 @@ def reset(self:Sparsifier):
 _made = WeakKeyDictionary() # the masks that were made last, by model, so that a second fit knows what was pruned
 
 @patch
-def _pruned_before(self:Sparsifier): # targets of which everything is still zero that was pruned in this model before
+def _pruned_before(self:Sparsifier): # masks by which something was pruned in this model before, and still is
     was = _made.get(self.model, {})
-    known = {n: m for n,m in self.masks.items() if n in was and was[n].shape == m.shape}
-    return {n for n,m in known.items() if not (m & ~self._on(was, n, m)).any()}
+    known = {n: self._on(was, n, m) for n,m in self.masks.items() if n in was and was[n].shape == m.shape}
+    return {n: m.clone() for n,m in known.items() if not m.all() and not (self.masks[n] & ~m).any()}
+
+@patch
+def _drop_found(self:Sparsifier, end, method): # asked for less than is zero: only what was pruned before stays
+    size = lambda n: self.targets[n].weight.numel()
+    less = lambda names: sum(end[n]*size(n)/100 for n in names) < sum(self._gone[n] for n in names)
+    for n in self._before.keys() & end.keys():
+        if less([n] if method is local else end): self.masks[n] = self._before[n]
+    self._before = {n: m for n,m in self._before.items() if n not in end}
+    self._update_followers(returning=False)
 
 # %% ../nbs/09_sparsifier.ipynb #981be550
 @patch
@@ -209,9 +226,16 @@ def is_current(self:Sparsifier) -> bool:
 @patch
 def _outdated(self:Sparsifier, targets):
     there = {id(m) for m in self.model.modules()}
-    gone = {t.layer_name: 'has been replaced' for t in targets if id(t.layer) not in there}
-    return gone | {t.layer_name: f'is computed at each forward now ({type(t.layer).__name__})' for t in targets
-                   if t.layer_name not in gone and 'weight' not in t.layer._parameters}
+    def why(t):
+        w = t.layer._parameters.get('weight')
+        if id(t.layer) not in there: return 'has been replaced'
+        if w is None: return f'is computed at each forward now ({type(t.layer).__name__})'
+        if w.is_meta: return 'is on the meta device now'
+        if w.shape != self._shapes[t.name]: return f'has the shape {tuple(w.shape)} now'
+        return 'is also that of another layer now' if len(shared[id(w)]) > 1 else ''
+    targets,shared = list(targets),{}
+    for t in self.targets.values(): shared.setdefault(id(t.layer._parameters.get('weight', t)), []).append(t)
+    return {t.layer_name: said for t in targets if (said := why(t))}
 
 @patch
 def _check_current(self:Sparsifier, targets):
@@ -230,6 +254,7 @@ def _layers_now(self:Sparsifier): # of the targets, by name, replaced ones inclu
 
 # %% ../nbs/09_sparsifier.ipynb #7c1f04f2
 @patch
+@check_options
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
     sparsity:float, # Percent of its weights that shall be zero
@@ -254,6 +279,7 @@ def _no_layer(self:Sparsifier, layer):
     raise ValueError(f"{name!r} is not a layer of this Sparsifier{why}; its layers are {known}")
 
 @patch
+@check_options
 def prune_model(self:Sparsifier,
     sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' a dict {selector: percent}
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
@@ -282,6 +308,7 @@ def _plan(self:Sparsifier, sparsity, round_to, targets, method):
     if small:
         raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; "
                          "use a smaller one, or leave them out with exclude=")
+    if self._before.keys() & end.keys(): self._drop_found(end, method)
     self._forget_untrue(end, method)
     start = {n: self._percent(self.targets[n]) for n in end}
     return Plan(self._within(start, end, method), end, round_to)
@@ -293,7 +320,9 @@ def _each(self:Sparsifier, sparsity, targets):
         ids = {tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
         found = {t.name: float(percent) for t in targets if tensor_id(t.layer) in ids}
         if not found:
-            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune, which are "
+            meant = {n: self.left_dense[n] for n,_ in select_layers(self.model, selector, 'sparsity key') if n in self.left_dense}
+            why = '; '.join(f'{ns}: {reason}' for reason,ns in by_reason(meant).items())
+            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune{f' ({why})' if why else ''}, which are "
                              f"{', '.join(t.layer_name for t in targets)}")
         percents |= found
     return percents
@@ -371,16 +400,22 @@ def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     sizes = {t.name: t.weight.numel() for t in targets}
     wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._gone[t.name] for t in targets]
     if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow
-    floor,level = [0 if self._whole_layers else 1]*len(n),[False]*len(n)
-    if method is global_ and len(n) > 1 and not self._whole_layers and any(wanted):
-        channels,level = [getattr(t.groups, 'channels', 0) for t in targets],[scores.level(i) for i in range(len(n))]
-        floor = floors(n, step, channels, level, sum(wanted))
+    many = method is global_ and len(n) > 1 and not self._whole_layers and any(wanted)
+    level = [scores.level(i) if many or progress < 1 else False for i in range(len(n))]
+    waits = [progress < 1 and l and not g and n_ > 1 for l,g,n_ in zip(level, there, n)] # nothing has moved there
+    rest = [0. if wait else w for w,wait in zip(wanted, waits)]
+    wanted = there if method is not local and sum(wanted) >= sum(there) > sum(rest) else rest # nothing returns for it
+    floor = [0 if self._whole_layers else 1]*len(n)
+    if many: floor = floors(n, step, [getattr(t.groups, 'channels', 0) for t in targets], level, sum(wanted))
+    gone = [g//s for g,s in zip(there, step)]
+    most = [n_ if t.name in self._found else n_-g for t,n_,g in zip(targets, n, gone)] # that can be asked to stay
+    least = [n_ if wait else min(f, m) for wait,n_,f,m in zip(waits, n, floor, most)]
     had = [round(plan.start[t.name]*n_/100) for t,n_ in zip(targets, n)]
-    left = [n_ - g//s for n_,g,s in zip(n, there, step)]
-    lost = allocate(method, scores, n, step, wanted, had, plan.round_to, [min(f, l) for f,l in zip(floor, left)])
-    if method is not global_ or plan.round_to not in (None, 1) or len(n) == 1: return lost,set(),set()
-    held = {i for i,k in enumerate(lost) if n[i] - k == floor[i]}
-    return lost,held,{i for i in held if not level[i]}
+    lost = allocate(method, scores, n, step, wanted, had, plan.round_to, least)
+    if not many: return lost,set(),set()
+    r = plan.round_to or 1
+    squeezed = {i for i,k in enumerate(lost) if n[i]-k == (max(floor[i]//r, 1)*r if r > 1 else floor[i]) and not level[i]}
+    return lost,set() if r > 1 else squeezed | {i for i,l in enumerate(level) if l},squeezed
 
 @patch
 def release(self:Sparsifier,
@@ -388,12 +423,13 @@ def release(self:Sparsifier,
     agree:Callable|None=None, # As for `advance`
 ):
     "Let go of the zeros that were taken over, beyond those that `plan` starts from"
-    sizes,named = {n: self.targets[n].weight.numel() for n in plan.end},self._found & set(plan.end)
-    if sum(self._gone[n] - plan.start[n]*sizes[n]/100 for n in named) > .5: self.advance(plan, 0., agree)
+    named = self._found & set(plan.end)
+    more = sum(self._gone[n] - plan.start[n]*self.targets[n].weight.numel()/100 for n in named)
+    if more > .5: self._reach(plan, 0., local, agree) # each layer its part
 
 def _choose(scores, i, k, groups, held): # which groups a target keeps
     if not held or not getattr(groups, 'by_output', False): return scores.keep(i, k)
-    return keep_mask(groups.from_outputs(spread(groups.to_outputs(scores[i]), k)), k)
+    return keep_mask(groups.from_outputs(spread(groups.to_outputs(scores.bare(i)), k)), k)
 
 # %% ../nbs/09_sparsifier.ipynb #a1915b03
 @patch
@@ -420,14 +456,18 @@ def _zeros(w): return w.numel() - count(w.bool())
 @contextmanager
 def trial(self:Sparsifier):
     "Inside, prune and look; behind it, masks and every tensor that pruning writes to are as they were"
-    tensors = [t.weight for t in self.targets.values()] + [f.tensor.detach() for f in self._followers]
-    copies,state = [t.clone() for t in tensors],{k: _copied(v) for k,v in vars(self).items() if k in self._state}
+    places = [(t.layer, 'weight') for t in self.targets.values()] + [(f.layer, f.attr) for f in self._followers]
+    copies = [getattr(layer, attr).detach().clone() for layer,attr in places]
+    state,made = {k: _copied(v) for k,v in vars(self).items() if k in self._state},_made.get(self.model)
     try: yield self
     finally:
-        for t,was in zip(tensors, copies): t.copy_(was)
+        for (layer,attr),was in zip(places, copies): getattr(layer, attr).detach().copy_(was) # maybe in new storage
         vars(self).update(state)
+        if made is None: _made.pop(self.model, None)
+        else: _made[self.model] = made
 
-Sparsifier._state = ('masks','_found','_memory','_following','_aside','_gone','_told') # all that pruning changes
+Sparsifier._state = ('targets','left_dense','masks','_found','_before','_memory','_following','_aside','_gone','_told',
+                     '_followers','_lost','_unclear','untraced','_returned') # all that pruning and watching change
 
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
     if isinstance(v, dict): return {k: _copied(x) for k,x in v.items()}
