@@ -280,7 +280,8 @@ def load_state_dict(self:SparsifyCallback,
     state:dict, # Made by `state_dict`
 ):
     "Start the next fit with the masks, and what the criterion remembers, of `state`"
-    if not isinstance(state, dict): raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
+    if not isinstance(state, dict):
+        raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
     self._resumed = dict(state)
 
 @patch
@@ -358,8 +359,8 @@ def _check_alone(self:SparsifyCallback, sparsifier):
     for cb in self.learn.cbs:
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
             if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.layer.weight) in mine]:
-                raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; each could "
-                                 "undo or overshoot the other's target, so give each its own with layers= or exclude=")
+                raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; "
+                                 "each could undo or overshoot the other's target, so give each its own with layers= or exclude=")
 
 @patch
 def _add_column(self:SparsifyCallback):
@@ -400,6 +401,7 @@ def _go_to(self:SparsifyCallback, position):
     if self.lth and rose: self._rewind(percent)
     if progress == 1: self._restart_trackers()
 
+# %% ../nbs/12_callback.ipynb #959df8be
 @patch
 def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, and which of them the model returns
     self._unseen,s = False,self.sparsifier

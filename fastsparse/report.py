@@ -173,7 +173,8 @@ def _is_layer(m): # of a registered type, or what quantization or scripting has 
         layer_type(getattr(nn, getattr(m, 'original_name', ''), nn.Identity)) is not None
 
 def _hidden(m): # a quantized module that does not hand out its weight
-    return '.quantized' in type(m).__module__ and not _packed(m) and any('packed' in a or 'all_weight' in a for a in dir(m))
+    if '.quantized' not in type(m).__module__ or _packed(m): return False
+    return any('packed' in a or 'all_weight' in a for a in dir(m))
 
 def _listed(model): # layers by name; a tensor that several share is listed once, by its first name
     layers,names = {},{id(p): n for n,p in model.named_parameters()}
@@ -206,7 +207,8 @@ def sparsity_report(
     packed = [m.weight() for m in model.modules() if _packed(m) and _is_layer(m)]
     zeros,size = _tally([*model.parameters(), *packed])
     if hidden := [n for n,m in model.named_modules() if _hidden(m)]:
-        notes = (*notes, f"{', '.join(hidden[:5])}{', ...'*(len(hidden) > 5)}: quantized weights of this kind are not counted.")
+        some = ', '.join(hidden[:5]) + ', ...'*(len(hidden) > 5)
+        notes = (*notes, f"{some}: quantized weights of this kind are not counted.")
     elif not rows and not notes and not size:
         notes = ('No layer was found whose weight can be counted: a model that was quantized or exported '
                  'may keep its weights in a form of its own.',)

@@ -107,7 +107,7 @@ class _WatchWeight(TorchDispatchMode):
     "Where what was made of a weight meets what was made of the input: whether the zeros are still there"
     def __init__(self, weight, x):
         super().__init__()
-        self.weight,self.ours,self.theirs,self.by = weight,[weight],[x],'' # kept, so that no other tensor takes their place
+        self.weight,self.ours,self.theirs,self.by = weight,[weight],[x],'' # kept, or others could take their place
         self.part = self._zeros(weight)
 
     def _zeros(self, t): return float(((t == 0) | t.isnan()).float().mean()) # NaN: zero over the norm of zeros
@@ -153,8 +153,8 @@ def changes_weight(
     for shape in _made_up(layer):
         try:
             with torch.random.fork_rng(devices=[]): return _try(_twin(layer), shape)
-        except Exception as e: why = f'could not be tried on an input of shape {shape} ({type(e).__name__}: {e})'.splitlines()[0]
-    return why
+        except Exception as e: why = f'could not be tried on an input of shape {shape} ({type(e).__name__}: {e})'
+    return why.splitlines()[0]
 
 def _try(twin, shape):
     w = twin._parameters['weight']
@@ -176,7 +176,8 @@ def _why_dense(n, m, granularity, named): # the groups of a layer, or why it sta
     if not m.weight.is_floating_point() or m.weight.itemsize < 2 or not m.weight.numel():
         return None,f'its weight is {m.weight.dtype} of shape {tuple(m.weight.shape)}'
     if not named and (op := changes_weight(m)):
-        return None,f'it has a forward of its own ({type(m).__name__}) that {op}; name it in layers= to prune it all the same'
+        return None,(f'it has a forward of its own ({type(m).__name__}) that {op}; '
+                     'name it in layers= to prune it all the same')
     return groups,''
 
 # %% ../nbs/05_select.ipynb #4361afc1

@@ -143,6 +143,7 @@ def _take(self:Sparsifier, found):
     self._followers,self._lost,self._unclear = found.followers,found.lost,found.unclear
     self.untraced,self._returned = found.untraced,found.returned
 
+# %% ../nbs/09_sparsifier.ipynb #f991e4e3
 @patch
 def watch(self:Sparsifier,
     example_input, # What the model takes: a tensor, tuple or dict; a few samples suffice
@@ -320,10 +321,11 @@ def _each(self:Sparsifier, sparsity, targets):
         ids = {tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
         found = {t.name: float(percent) for t in targets if tensor_id(t.layer) in ids}
         if not found:
-            meant = {n: self.left_dense[n] for n,_ in select_layers(self.model, selector, 'sparsity key') if n in self.left_dense}
-            why = '; '.join(f'{ns}: {reason}' for reason,ns in by_reason(meant).items())
-            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune{f' ({why})' if why else ''}, which are "
-                             f"{', '.join(t.layer_name for t in targets)}")
+            names = [n for n,_ in select_layers(self.model, selector, 'sparsity key') if n in self.left_dense]
+            reasons = by_reason({n: self.left_dense[n] for n in names})
+            why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
+            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune{f' ({why})' if why else ''}, "
+                             f"which are {', '.join(t.layer_name for t in targets)}")
         percents |= found
     return percents
 
@@ -401,7 +403,8 @@ def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._gone[t.name] for t in targets]
     if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow
     many = method is global_ and len(n) > 1 and not self._whole_layers and any(wanted)
-    level = [scores.level(i) if many or progress < 1 else False for i in range(len(n))]
+    rank = any(wanted) and (many or progress < 1)
+    level = [scores.level(i) if rank else False for i in range(len(n))]
     waits = [progress < 1 and l and not g and n_ > 1 for l,g,n_ in zip(level, there, n)] # nothing has moved there
     rest = [0. if wait else w for w,wait in zip(wanted, waits)]
     wanted = there if method is not local and sum(wanted) >= sum(there) > sum(rest) else rest # nothing returns for it
@@ -414,9 +417,11 @@ def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     lost = allocate(method, scores, n, step, wanted, had, plan.round_to, least)
     if not many: return lost,set(),set()
     r = plan.round_to or 1
-    squeezed = {i for i,k in enumerate(lost) if n[i]-k == (max(floor[i]//r, 1)*r if r > 1 else floor[i]) and not level[i]}
+    floor = [max(f//r, 1)*r if r > 1 else f for f in floor]
+    squeezed = {i for i,k in enumerate(lost) if n[i]-k == floor[i] and not level[i]}
     return lost,set() if r > 1 else squeezed | {i for i,l in enumerate(level) if l},squeezed
 
+# %% ../nbs/09_sparsifier.ipynb #37b4c90e
 @patch
 def release(self:Sparsifier,
     plan:Plan, # Made by `plan`
