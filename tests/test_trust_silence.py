@@ -686,3 +686,108 @@ def test_watching_the_first_batch_leaves_training_as_it_was():
         seed(1)
         fit(learn, 2, cbs=cbs)
     assert same(state_of(plain.model), state_of(watched.model))
+
+
+def test_every_word_of_a_tied_embedding_keeps_a_weight_in_one_ranking_with_larger_layers():
+    seed()
+    m = LM()
+    with torch.no_grad(): m.encoder.weight.mul_(.01)
+    s = Sparsifier(m)
+    said = told(s.prune_model, 80)
+    assert zeros(s.masks) == round(.8*(50*16 + 16*16)) and (m.encoder.weight != 0).any(1).all() and said[0].startswith('decoder is down to the least')
+
+
+def test_a_fit_with_local_or_movement_does_not_empty_the_first_classes_of_a_head_that_starts_at_zero():
+    for kw in (dict(method='local'), dict(criteria='movement'), dict(criteria='updating_movement')):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        nn.init.zeros_(model[3].weight)
+        learn, cb = learner(model, lr=1e-2), SparsifyCallback(80, **kw)
+        quietly(fit, learn, 2, cbs=cb)
+        assert (model[3].weight != 0).any(1).all() and abs(cb.current_sparsity - 80) < .01, kw
+
+
+def test_a_layer_in_which_nothing_has_moved_waits():
+    s = Sparsifier(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10)), method='local', criteria='movement')
+    plan = s.plan(50)
+    assert s.advance(plan, .5) == 0
+    s.model[1].weight.data.add_(torch.randn(10, 10))
+    assert s.advance(plan, .5) == 12.5 and s.advance(plan, 1) == 50
+
+
+def test_a_trial_brings_back_weights_that_got_new_storage():
+    seed()
+    m = mlp()
+    s, before = Sparsifier(m), state_of(m)
+    with s.trial():
+        s.prune_model(50)
+        m.double()
+    assert same(before, state_of(m.float())) and s.planned() == 0
+    with s.trial(): s.prune_model(50)
+    again = Sparsifier(m)
+    again.prune_model(20)
+    assert again.planned() == 20, 'a trial is no pruning'
+
+
+def test_what_was_pruned_before_is_told_from_zeros_that_nobody_pruned():
+    m = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+    nn.init.eye_(m[0].weight), nn.init.eye_(m[2].weight)
+    quietly(Sparsifier(m).prune_model, 10)
+    s = Sparsifier(m)
+    quietly(s.prune_model, 20)
+    assert s.planned() == 20
+    quietly(Sparsifier(m).prune_model, 90)
+    s = Sparsifier(m)
+    quietly(s.prune_model, 20)
+    assert s.planned() == 90
+
+
+def test_a_run_with_filters_that_left_the_outputs_of_the_model_is_resumed():
+    cb = SparsifyCallback(50, 'filter')
+    fit(learner(segmenter()), 1, cbs=cb)
+    state, again = cb.state_dict(), SparsifyCallback(50, 'filter')
+    again.load_state_dict(state)
+    fit(learner(segmenter()), 2, cbs=again, start_epoch=1)
+    assert again.current_sparsity == 50
+    with pytest.raises(ValueError, match='the state is a NoneType'): again.load_state_dict(None)
+
+
+class Mixed:
+    def forward(self, x): return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class MixedConv(Mixed, nn.Conv2d): pass
+
+
+class Rotated(nn.Linear):
+    def forward(self, x): return nn.functional.linear(x, torch.ones(8, 8)@self.weight, self.bias)
+
+
+class Storing(nn.Linear):
+    def forward(self, x):
+        self.seen = super().forward(x)
+        return self.seen
+
+
+class Clamped(nn.Linear):
+    def forward(self, x): return nn.functional.linear(x, (self.weight*8).round().clamp(-3, 3).tril(), self.bias)
+
+
+@pytest.mark.parametrize('layer,dense', [(MixedConv(4, 8, 3), True), (Rotated(4, 8), True), (Storing(4, 8), False), (Clamped(4, 8), False)])
+def test_forwards_are_tried_and_not_judged_by_their_operations(layer, dense):
+    if isinstance(layer, Storing): layer(torch.randn(2, 4))
+    assert ('0' in Sparsifier(nn.ModuleList([layer, nn.Linear(4, 4)])).left_dense) == dense
+
+
+def test_a_forward_that_was_set_on_a_layer_is_tried_too():
+    import types
+    m = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    m[0].forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight - self.weight.mean(), self.bias), m[0])
+    assert list(Sparsifier(m).left_dense) == ['0']
+
+
+def test_a_weight_of_another_shape_is_not_the_one_that_was_looked_at():
+    m = mlp()
+    s = Sparsifier(m)
+    m[0].weight = nn.Parameter(torch.randn(10, 20))
+    with pytest.raises(ValueError, match=r"weight of layer '0' has the shape \(10, 20\) now"): s.prune_model(50)
