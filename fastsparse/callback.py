@@ -125,6 +125,7 @@ def before_batch(self:HoldingCallback):
 def after_backward(self:HoldingCallback):
     if self._active and self._exposed: self._holder.mask_gradients()
 
+# %% ../nbs/12_callback.ipynb #c2083de0
 @patch
 def after_step(self:HoldingCallback):
     if self._active: self._holder.apply_masks()
@@ -438,6 +439,7 @@ def _restart_trackers(self:SparsifyCallback):
 def after_train(self:SparsifyCallback): # epochs can be cut short in ways that nobody announces
     if self._active and not self._waits and self._epoch == self.n_epoch-1: self._go_to(1.)
 
+# %% ../nbs/12_callback.ipynb #3a27b7ef
 @patch
 def after_fit(self:SparsifyCallback):
     if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began

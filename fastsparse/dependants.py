@@ -27,18 +27,21 @@ class _Channels:
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
-    def is_leaf_module(self, m, name): return super().is_leaf_module(m, name) or layer_type(m) is not None or isinstance(m, _norms)
+    def is_leaf_module(self, m, name):
+        return super().is_leaf_module(m, name) or layer_type(m) is not None or isinstance(m, _norms)
 
 _norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
-_zero_to_zero = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Hardswish, nn.Softsign, nn.Identity,
-    nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample, nn.ZeroPad2d)
-_zero_to_zero_names = {'relu','relu_','relu6','leaky_relu','leaky_relu_','elu','celu','selu','gelu','silu','mish','tanh','hardswish','dropout','dropout2d','max_pool1d','max_pool2d','max_pool3d',
-    'avg_pool1d','avg_pool2d','avg_pool3d','adaptive_avg_pool1d','adaptive_avg_pool2d','adaptive_avg_pool3d','adaptive_max_pool1d','adaptive_max_pool2d','adaptive_max_pool3d',
-    'contiguous','clone','float','half','to','interpolate'}
+_pools = [getattr(nn.modules.pooling, f'_{kind}PoolNd') for kind in ('Max','Avg','AdaptiveAvg','AdaptiveMax')]
+_zero_to_zero = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+                 nn.Tanh, nn.Hardswish, nn.Softsign, nn.Identity, nn.Upsample, nn.ZeroPad2d,
+                 nn.modules.dropout._DropoutNd, *_pools)
+_zero_to_zero_names = {'relu','relu_','relu6','leaky_relu','leaky_relu_','elu','celu','selu','gelu','silu','mish',
+                       'tanh','hardswish','dropout','dropout2d','contiguous','clone','float','half','to','interpolate'}
+_zero_to_zero_names |= {f'{k}_pool{d}d' for k in ('max','avg','adaptive_avg','adaptive_max') for d in (1,2,3)}
 
 _in_place = ('iadd','isub','imul','itruediv','setitem')
 
+# %% ../nbs/06f_dependants.ipynb #717334c1
 def native_forward(
     m:nn.Module, # A layer
 ) -> bool: # False for a subclass with a `forward` of its own
@@ -56,20 +59,23 @@ def _is_batch_size(n, x): # x.size(0) or x.shape[0]
     return n.target is operator.getitem and n.args[1] == 0 and isinstance(of, fx.Node) and of.args == (x, 'shape')
 
 def _from_attributes(n): # computed from parameters and buffers alone
-    return n.op == 'get_attr' or n.op.startswith('call') and n.op != 'call_module' and all(map(_from_attributes, n.all_input_nodes))
+    called = n.op in ('call_function','call_method')
+    return n.op == 'get_attr' or called and all(map(_from_attributes, n.all_input_nodes))
 
 def _place(node): # the module that a node belongs to
-    return node.target if node.op == 'call_module' else next(reversed(node.meta.get('nn_module_stack') or ['the model']))
+    if node.op == 'call_module': return node.target
+    return next(reversed(node.meta.get('nn_module_stack') or ['the model']))
 
 def _join(a, b):
     if a is None or b is None or (a.dim, a.flat, len(a.needs)) != (b.dim, b.flat, len(b.needs)): return None
-    return _Channels([x | y if x is not None and y is not None else None for x,y in zip(a.needs, b.needs)], a.dim, a.flat)
+    both = lambda x,y: x | y if x is not None and y is not None else None
+    return _Channels([both(x, y) for x,y in zip(a.needs, b.needs)], a.dim, a.flat)
 
 # %% ../nbs/06f_dependants.ipynb #a0b0650b
 class _Flow:
     "Follow the channels of the filters in `names` through a traced model"
     def __init__(self, model, names):
-        self.names,self.found,self.lost = names,{},[] # lost: norms whose input comes from filters, but in a way that is not known
+        self.names,self.found,self.lost = names,{},[] # lost: norms of which the filters before them are not known
         with undisturbed(model, training=True): graph = _Tracer().trace(model)
         self.at,self.returned,self.unclear,unknown = {},set(),[],set()
         for node in graph.nodes:
@@ -82,7 +88,8 @@ class _Flow:
             elif node.op in ('call_function','call_method'):
                 name = getattr(node.target, '__name__', node.target)
                 self.at[node] = self._function(node, name, arg)
-                if (name.endswith('_') or name in _in_place) and isinstance(node.args[0], fx.Node): self.at[node.args[0]] = self.at[node]
+                in_place = name.endswith('_') or name in _in_place
+                if in_place and isinstance(node.args[0], fx.Node): self.at[node.args[0]] = self.at[node]
             if self.at.get(node) is None and any(n in unknown or self._prunable(n) for n in node.all_input_nodes):
                 unknown.add(node)
                 if self._is_norm(model, node): self.lost.append(_place(node))
@@ -90,22 +97,26 @@ class _Flow:
     def _is_norm(self, model, node): # a module, a function, or a constant that is added
         if node.op == 'call_module': return isinstance(model.get_submodule(node.target), _norms)
         name = getattr(node.target, '__name__', node.target)
-        return name.endswith('_norm') or name in ('add','iadd','sub') and any(_from_attributes(n) for n in node.all_input_nodes)
+        shifts = name in ('add','iadd','sub') and any(map(_from_attributes, node.all_input_nodes))
+        return name.endswith('_norm') or shifts
 
     def _is_unclear(self, m, x): # features or steps of a sequence; a filter of its own for a channel that may be dead
         sequence = isinstance(m, nn.modules.batchnorm._NormBase) and x and x.dim == -1 and not x.flat
         return bool(x and any(x.needs) and (sequence or getattr(m, 'groups', 1) > 1))
 
-    def _names(self, node): return {name for need in (self.at[node].needs if self.at.get(node) else ()) for name,_ in need or ()}
+    def _names(self, node):
+        needs = self.at[node].needs if self.at.get(node) else ()
+        return {name for need in needs for name,_ in need or ()}
 
     def _prunable(self, node): return self.at.get(node) is not None and any(self.at[node].needs)
 
     def _module(self, m, x):
         if layer_type(m) is not None:
-            if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): return None # where the outputs of others are is not known
+            if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): return None # where are the outputs of others?
             if 'weight' not in m._parameters or (out := output_groups(m)) is None: return None
             name = self.names.get(id(m._parameters.get('weight'))) if native_forward(m) else None
-            return _Channels([frozenset([(name,i)]) if name else None for i in range(out.n)], -1 if isinstance(m, nn.Linear) else 1)
+            needs = [frozenset([(name,i)]) if name else None for i in range(out.n)]
+            return _Channels(needs, -1 if isinstance(m, nn.Linear) else 1)
         if isinstance(m, _norms): return self._norm(m, x)
         if isinstance(m, nn.Flatten) and (m.start_dim, m.end_dim) == (1, -1): return self._flatten(x)
         return x if isinstance(m, _zero_to_zero) and native_forward(m) else None
@@ -125,14 +136,20 @@ class _Flow:
     def _function(self, node, name, x):
         args,kw = node.args,node.kwargs
         if name in _zero_to_zero_names or (name in ('truediv','div') and x): return x
-        if name in ('pad','_pad') and x and x.dim == 1 and len(args[1]) <= 4 and (args[2:] or ('constant',))[0] == 'constant' and not any(args[3:]) and not kw.get('value'): return x
-        if name in ('add','iadd','add_') and len(args) == 2: return _join(x, self.at.get(args[1]) if isinstance(args[1], fx.Node) else None)
+        other = self.at.get(args[1]) if len(args) > 1 and isinstance(args[1], fx.Node) else None
+        if name in ('pad','_pad') and x and x.dim == 1 and len(args[1]) <= 4:
+            zeros = (args[2:] or ('constant',))[0] == 'constant' and not any(args[3:]) and not kw.get('value')
+            return x if zeros else None
+        if name in ('add','iadd','add_') and len(args) == 2: return _join(x, other)
         if name in ('mul','imul','mul_') and len(args) == 2: # zero as soon as one factor is
-            return x or (self.at.get(args[1]) if isinstance(args[1], fx.Node) else None)
+            return x or other
         if name in ('cat','concat'): return self._cat(args[0], args[1] if len(args) > 1 else kw.get('dim', 0))
         if name == 'flatten' and (args[1:] in ((1,),(1,-1)) or kw == {'start_dim': 1}): return self._flatten(x)
-        if name in ('view','reshape') and len(args) == 3 and args[2] == -1 and _is_batch_size(args[1], args[0]): return self._flatten(x)
-        if name == 'mean' and x and x.dim == 1 and not x.flat and set(args[1] if len(args) > 1 and isinstance(args[1], (list,tuple)) else ()) in ({2,3},{-1,-2}): return x
+        if name in ('view','reshape') and len(args) == 3 and args[2] == -1 and _is_batch_size(args[1], args[0]):
+            return self._flatten(x)
+        if name == 'mean' and x and x.dim == 1 and not x.flat:
+            axes = args[1] if len(args) > 1 and isinstance(args[1], (list,tuple)) else ()
+            return x if set(axes) in ({2,3},{-1,-2}) else None
         return None
 
     def _cat(self, nodes, dim):
@@ -245,7 +262,8 @@ def dependants(
     names,lost,returned,unclear,why = {id(l.weight): n for n,l in layers.items()},[],(),(),None
     try:
         watched = example_input is not None
-        found,lost,returned,unclear = _watched(model, names, layers, example_input) if watched else _traced(model, names)
+        seen = _watched(model, names, layers, example_input) if watched else _traced(model, names)
+        found,lost,returned,unclear = seen
     except Exception as e: # the user's forward is run: it can fail in any way, and then nothing is guessed
         found,why = _biases(model, names, {}),f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
     owners = {(f'{prefix}.{attr}' if prefix else attr): (m, attr) for prefix,m in model.named_modules()

@@ -78,6 +78,7 @@ def _scored(self:_Scores, t, w, given):
                          f"it has to give one score for each weight, of shape {tuple(w.shape)}")
     return scores.to(self.dtype)
 
+# %% ../nbs/09_sparsifier.ipynb #88b86d41
 @patch
 def _ranked(self:_Scores, t, scores, alive):
     low = float(scores.amin())
@@ -164,6 +165,7 @@ def _leave_returned(self:Sparsifier, only=None): # classes are no filters, unles
 
 _is_returned = 'its outputs are outputs of the model (classes, say); name it in layers= to prune them'
 
+# %% ../nbs/09_sparsifier.ipynb #5fa0b84e
 @patch
 def reset(self:Sparsifier):
     "Forget all masks, for weights that were loaded back: what is zero now is taken over, as by a new `Sparsifier`"
@@ -314,6 +316,7 @@ def _plan(self:Sparsifier, sparsity, round_to, targets, method):
     start = {n: self._percent(self.targets[n]) for n in end}
     return Plan(self._within(start, end, method), end, round_to)
 
+# %% ../nbs/09_sparsifier.ipynb #30524eb3
 @patch
 def _each(self:Sparsifier, sparsity, targets):
     percents = {}
