@@ -576,7 +576,9 @@ def _notes(self:Sparsifier):
         notes.append(f"{ns} {why}, since this Sparsifier was made: no mask holds there.")
     for why,ns in by_reason(self.left_dense).items():
         if why.startswith('it has'): notes.append(f"{ns} {why[3:]}.")
-        else: notes.append(f"{ns} {'are' if ', ' in ns or ' more' in ns else 'is'} left dense: {why}.")
+        elif ', ' in ns or ' more' in ns:
+            notes.append(f"{ns} are left dense: {'their' + why[3:] if why.startswith('its ') else why}.")
+        else: notes.append(f"{ns} is left dense: {why}.")
     own = {t.layer_name: type(t.layer).__name__ for t in self.targets.values() if not native_forward(t.layer)}
     notes += [f'{n} has a forward of its own ({cls}): zeros last only if it uses its weight as it is.'
               for n,cls in own.items()]
