@@ -791,3 +791,32 @@ def test_a_weight_of_another_shape_is_not_the_one_that_was_looked_at():
     s = Sparsifier(m)
     m[0].weight = nn.Parameter(torch.randn(10, 20))
     with pytest.raises(ValueError, match=r"weight of layer '0' has the shape \(10, 20\) now"): s.prune_model(50)
+
+
+def test_a_head_of_zeros_with_a_chance_value_keeps_its_share():
+    seed()
+    m = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
+    nn.init.zeros_(m[2].weight)
+    m[2].weight.data[0, 0] = 1e-9
+    s = Sparsifier(m)
+    assert told(s.prune_model, 80)
+    kept = s.masks['2.weight'].sum(1)
+    assert kept.sum() == 128 and kept.min() == 12
+
+
+def test_nothing_pruned_says_nothing_of_zeros():
+    m = nn.Linear(20, 20)
+    nn.init.eye_(m.weight)
+    Sparsifier(m).prune_model(0)
+    s = Sparsifier(m)
+    quietly(s.prune_model, 20)
+    assert s.planned() == 20
+
+
+def test_a_harmless_forward_that_was_set_on_a_layer_is_no_reason():
+    import types
+    m = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    m[0].forward = types.MethodType(lambda self, x: nn.functional.linear(x, 2*self.weight, self.bias), m[0])
+    assert not Sparsifier(m).left_dense
+    m[0].forward = lambda x: x
+    assert 'could not be tried' in Sparsifier(m).left_dense['0']
