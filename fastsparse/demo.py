@@ -33,8 +33,8 @@ def digits_learner(
     train,valid = [items[i] for i in order[:1400]],[items[i] for i in order[1400:]]
     dls = DataLoaders(DataLoader(train, bs=64, shuffle=True, drop_last=True), DataLoader(valid, bs=256))
     block = lambda i,o,stride=1: [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    model = nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64, 2), *head)
+    body = [*block(1, 16), *block(16, 32, 2), *block(32, 64, 2)]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 # %% ../nbs/13_demo.ipynb #797fac4d
