@@ -361,7 +361,8 @@ def _check_alone(self:SparsifyCallback, sparsifier):
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
             if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.layer.weight) in mine]:
                 raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; "
-                                 "each could undo or overshoot the other's target, so give each its own with layers= or exclude=")
+                                 "each could undo or overshoot the other's target, "
+                                 "so give each its own with layers= or exclude=")
 
 @patch
 def _add_column(self:SparsifyCallback):

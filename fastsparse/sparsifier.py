@@ -327,8 +327,9 @@ def _each(self:Sparsifier, sparsity, targets):
             names = [n for n,_ in select_layers(self.model, selector, 'sparsity key') if n in self.left_dense]
             reasons = by_reason({n: self.left_dense[n] for n in names})
             why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
-            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune{f' ({why})' if why else ''}, "
-                             f"which are {', '.join(t.layer_name for t in targets)}")
+            known = ', '.join(t.layer_name for t in targets)
+            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune"
+                             f"{f' ({why})' if why else ''}, which are {known}")
         percents |= found
     return percents
 
