@@ -28,7 +28,7 @@ from .mask import MaskHolder, ZeroHolder
 from .method import as_method, global_, local
 from .schedule import as_schedule, taper
 from .select import by_reason, check_selector
-from .plan import check_options, check_request, hint_percent, warn
+from .plan import Cost, check_options, check_request, hint_percent, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .report import SparsityReport
@@ -217,8 +217,9 @@ class SparsifyCallback(HoldingCallback):
 
     @check_options
     def __init__(self,
-        sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' {selector: percent}
-        granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
+        sparsity:float|dict|Cost, # Percent of the targets' weights that shall be zero; with 'local' {selector: percent};
+                                  # with 'coupled' `MACs(percent)` or `Params(percent)`
+        granularity='weight', # A name of `available_granularities()`, 'coupled', a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
@@ -303,9 +304,16 @@ def before_fit(self:SparsifyCallback):
 def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
     sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
-                            self.layers, self.exclude, trainable_only=not self._waits)
+                            self.layers, self.exclude, trainable_only=not self._waits, example_input=...)
     self._check_alone(sparsifier)
     if (self.lth or self.reset_end) and not self._waits: self._check_rewind()
+    self._plan,self._start,self._resumed_at = None,{},None
+    if sparsifier.units: self._set_out(sparsifier) # or else the first batch has to be seen for it
+    if getattr(self.learn, 'n_epoch', None) == 0: self.sparsifier = sparsifier # training will not begin
+    return sparsifier
+
+@patch
+def _set_out(self:SparsifyCallback, sparsifier): # from where another run left off, if there is one
     start = None
     if self._resumed is not None:
         start = self._resumed.get('start')
@@ -313,9 +321,7 @@ def make_holder(self:SparsifyCallback):
         sparsifier.load_state_dict({k: v for k,v in self._resumed.items() if k != 'start'})
     elif hasattr(self.learn, 'skip_to_epoch') and self.schedule(1.) < 1: start = {} # a schedule that falls began lower
     self._plan,self._resumed_at = self._planned(sparsifier, start),start
-    if getattr(self.learn, 'n_epoch', None) == 0: # training will not begin
-        self.sparsifier,self._start = sparsifier,self._plan.start
-    return sparsifier
+    self._start = self._plan.start
 
 @patch
 def _planned(self:SparsifyCallback, sparsifier, start): # start: that of the run that is continued, if there is one
@@ -328,12 +334,16 @@ def begin(self:SparsifyCallback):
     if not self._made_for_fit.is_current(): # a later callback replaced layers, or made weights computed
         self._made_for_fit = self.make_holder()
     HoldingCallback.begin(self)
-    self.sparsifier,self._start,self._resumed,self._snapshot = self._holder,self._plan.start,None,None
-    self._progress = 0.
+    self.sparsifier,self._snapshot,self._progress = self._holder,None,0.
     self.history.clear()
-    self._tell_once(self._at_start())
     self._unseen = any(t.whole_outputs for t in self.sparsifier.targets.values())
+    if self.sparsifier.units: self._begun()
     if not self._unseen: self.sparsifier.release(self._plan, _agree)
+
+@patch
+def _begun(self:SparsifyCallback): # what was to be taken up has been
+    self._resumed = None
+    self._tell_once(self._at_start())
 
 @patch
 def _tell_once(self:SparsifyCallback, messages):
@@ -409,7 +419,11 @@ def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, a
     self._unseen,s = False,self.sparsifier
     sample = lambda t: t[:2] if t.dim() else t
     few = tuple(x[:2] if isinstance(x, list) else map_tensors(sample, x) for x in self.xb) # a list is one of samples
+    waited = not s.units
     with torch.autocast(next(s.model.parameters()).device.type, enabled=False): s.watch(few)
+    if waited:
+        self._set_out(s)
+        self._begun()
     self._plan = self._planned(s, self._resumed_at)
     self._start = self._plan.start
     self._tell_once(s.flow_notes())
@@ -438,9 +452,11 @@ def _restart_trackers(self:SparsifyCallback):
 
 @patch
 def after_train(self:SparsifyCallback): # epochs can be cut short in ways that nobody announces
-    if self._active and not self._waits and self._epoch == self.n_epoch-1: self._go_to(1.)
+    if self._active and not self._waits and self._plan and self._epoch == self.n_epoch-1: self._go_to(1.)
 
 # %% ../nbs/12_callback.ipynb #3a27b7ef
+def _text(sparsity): return str(sparsity) if isinstance(sparsity, Cost) else f'{sparsity} %'
+
 @patch
 def after_fit(self:SparsifyCallback):
     if self._active and self.train_iter and not self._waits: # without a step, this is the end of a fit that never began
@@ -448,7 +464,7 @@ def after_fit(self:SparsifyCallback):
         if self._progress != self.schedule(1.):
             now,goal = self.current_sparsity,self.schedule(1.)
             if goal < 1: warn(f"the fit ended at {now:.4g} % zeros, before its schedule came to its end; train on")
-            else: warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {self.sparsity} %; "
+            else: warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {_text(self.sparsity)}; "
                        f"train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
     trained = self._active and self.train_iter
     HoldingCallback.after_fit(self)

@@ -6,7 +6,7 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 
 # %% auto #0
 __all__ = ['LayerType', 'register_layer', 'is_registered', 'layer_type', 'available_granularities', 'Groups', 'Granularity',
-           'did_you_mean', 'NMGroups', 'NM', 'as_granularity', 'output_groups']
+           'did_you_mean', 'NMGroups', 'NM', 'Coupled', 'as_granularity', 'output_groups']
 
 # %% ../nbs/00_granularity.ipynb #ecc977bb
 import difflib, re
@@ -195,6 +195,12 @@ def from_outputs(self:Groups,
     moved = torch.empty(self._kept, device='meta').movedim(*self._first).shape
     return t.view(moved).movedim(*reversed(self._first)).reshape(1, -1)
 
+# %% ../nbs/00_granularity.ipynb #d0e24cf3
+@patch(as_prop=True)
+def balance(self:Groups) -> int:
+    "Channel groups from which whole outputs are taken evenly; 1 where every output is free"
+    return self.split if self.split > 1 and self.keep == {'group','out'} and self._size('in') > 1 else 1
+
 # %% ../nbs/00_granularity.ipynb #ae58477c
 @dataclass(frozen=True)
 class Granularity:
@@ -204,13 +210,16 @@ class Granularity:
 
     def __post_init__(self):
         if self.name not in available_granularities(): raise ValueError(_unknown(self.name))
-        try: fits = self.reduce(torch.ones(2, 3, 4), dim=(1, 2)).shape == (2,)
-        except Exception: fits = False
-        if not fits:
-            raise ValueError(f"reduce={self.reduce!r} cannot reduce scores; pass a function such as torch.mean "
-                             "or torch.amax, called as reduce(scores, dim=dims) with several dims")
+        _check_reduce(self.reduce)
 
     def __str__(self): return self.name
+
+def _check_reduce(reduce):
+    try: fits = reduce(torch.ones(2, 3, 4), dim=(1, 2)).shape == (2,)
+    except Exception: fits = False
+    if not fits:
+        raise ValueError(f"reduce={reduce!r} cannot reduce scores; pass a function such as torch.mean "
+                         "or torch.amax, called as reduce(scores, dim=dims) with several dims")
 
 # %% ../nbs/00_granularity.ipynb #f45412e2
 def did_you_mean(
@@ -227,7 +236,7 @@ def did_you_mean(
 def _unknown(value):
     names = available_granularities()
     return (f"granularity {value!r} is unknown; choose one of {', '.join(names)}, "
-            "a pattern such as '2:4', or an object such as NM(2, 4)" + did_you_mean(value, names))
+            "'coupled', a pattern such as '2:4', or an object such as NM(2, 4)" + did_you_mean(value, [*names, 'coupled']))
 
 # %% ../nbs/00_granularity.ipynb #db9bc2b0
 @patch
@@ -309,14 +318,33 @@ class NM:
 
     def __str__(self): return f'{self.n}:{self.m}'
 
+# %% ../nbs/00_granularity.ipynb #bdb848f3
+@dataclass(frozen=True)
+class Coupled:
+    "Outputs that have to go together, such as those that are added, live or die together; needs an example input"
+    reduce:Callable=torch.mean # Called as `reduce(scores, dim=1)` with the scores of all weights of a group in a row
+
+    def __post_init__(self): _check_reduce(self.reduce)
+
+    def groups(self,
+        layer:nn.Module, # A layer of a registered type
+    ) -> Groups: # One group for each output
+        "The outputs of `layer`; a ValueError says why a layer has none"
+        g = output_groups(layer)
+        if g is None: raise ValueError(f"{_cls_name(layer)} has no output axis")
+        _check_plain(layer)
+        return g
+
+    def __str__(self): return 'coupled'
+
 # %% ../nbs/00_granularity.ipynb #c34f918d
 def as_granularity(
-    value, # A name, a pattern such as '2:4', or a granularity object
-) -> Granularity|NM: # The object that it stands for
+    value, # A name, 'coupled', a pattern such as '2:4', or a granularity object
+) -> Granularity|NM|Coupled: # The object that it stands for
     "The granularity that `value` names; an object with a method `groups(layer)` is one already"
     if isinstance(value, str):
         if found := re.fullmatch(r'(\d+):(\d+)', value): return NM(*map(int, found.groups()))
-        return Granularity(value)
+        return Coupled() if value == 'coupled' else Granularity(value)
     if not callable(getattr(value, 'groups', None)) or isinstance(value, (type, nn.Module)):
         raise ValueError(_unknown(value))
     return value

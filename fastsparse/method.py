@@ -75,14 +75,14 @@ def global_(
 
 # %% ../nbs/03_method.ipynb #d17d5db7
 class _Bundles(Scores):
-    "The scores of bundles of `r` groups, best first tied up, from the scores of the groups"
-    def __init__(self, scores, idxs, r):
-        super().__init__(idxs)
-        self.scores,self.idxs,self.r = scores,idxs,r
+    "The scores of bundles of groups, best first tied up, from the scores of the groups"
+    def __init__(self, scores, sizes):
+        super().__init__(list(sizes))
+        self.scores,self.sizes = scores,sizes # sizes: layer to groups in a bundle
     def __getitem__(self, i):
         if i >= len(self): raise IndexError(i)
-        s = self.scores[self.idxs[i]].sort(dim=-1).values
-        return s[:, s.shape[-1]%self.r:].unflatten(-1, (-1, self.r)).mean(-1)
+        s,r = self.scores[self.layers[i]].sort(dim=-1).values,self.sizes[self.layers[i]]
+        return s[:, s.shape[-1]%r:].unflatten(-1, (-1, r)).mean(-1)
 
 # %% ../nbs/03_method.ipynb #90d510a6
 def allocate(
@@ -92,13 +92,14 @@ def allocate(
     step:list[int], # Weights that go with one more group in every row
     wanted:list[float], # Weights of each layer that should be zero
     had:list[int]|None=None, # Groups that each layer has lost before, in every row, and does not get back
-    round_to:int|None=None, # What remains of a layer is a multiple of this many groups
+    round_to:int|list[int]|None=None, # What remains of a layer is a multiple of this many groups
     floor:int|list[int]=1, # Groups that have to stay in each layer of which not all is wanted
 ) -> list[int]: # Groups that each layer loses, in every row
     "How many groups each layer loses: `method`, within the bounds of `had`, `floor` and `round_to`"
     if not any(wanted): return [0]*len(n)
     had,floor = had or [0]*len(n),floor if isinstance(floor, list) else [floor]*len(n)
-    if round_to not in (None, 1): return _in_bundles(method, scores, n, step, wanted, had, round_to, floor)
+    r = round_to if isinstance(round_to, list) else [round_to or 1]*len(n)
+    if max(r) > 1: return _in_bundles(method, scores, n, step, wanted, had, r, floor)
     floors = [0 if w >= n_*s or h == n_ else min(f, n_) for n_,s,w,h,f in zip(n, step, wanted, had, floor)]
     return _checked(method, scores, n, step, wanted, floors)
 
@@ -110,15 +111,16 @@ def _checked(method, scores, n, step, wanted, floors):
     return lost
 
 # %% ../nbs/03_method.ipynb #0a37e42a
-def _in_bundles(method, scores, n, step, wanted, had, r, floor): # as `allocate`, in bundles of `r` groups
+def _in_bundles(method, scores, n, step, wanted, had, r, floor): # as `allocate`, in bundles of `r[i]` groups
     some = [i for i,w in enumerate(wanted) if w and had[i] < n[i]]
-    odd = {i: n[i]%r for i in some}
-    bundles = _checked(method, _Bundles(scores, some, r), [n[i]//r for i in some], [step[i]*r for i in some],
-                       [wanted[i] - odd[i]*step[i] for i in some], [max(floor[i]//r, 1) for i in some])
+    odd,each = {i: n[i]%r[i] for i in some},[r[i] for i in some]
+    bundles = _checked(method, _Bundles(scores, dict(zip(some, each))), [n[i]//r[i] for i in some],
+                       [step[i]*r[i] for i in some], [wanted[i] - odd[i]*step[i] for i in some],
+                       [max(floor[i]//r[i], 1) for i in some])
     lost = [h if h == n_ else 0 for n_,h in zip(n, had)]
     for i,b in zip(some, bundles):
-        before = math.ceil((had[i]-odd[i])/r)
-        lost[i] = odd[i] + r*min(max(b, before), n[i]//r - 1)
+        before = math.ceil((had[i]-odd[i])/r[i])
+        lost[i] = odd[i] + r[i]*min(max(b, before), n[i]//r[i] - 1)
     return lost
 
 # %% ../nbs/03_method.ipynb #0224f2bd

@@ -12,7 +12,9 @@ import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MethodType
+from typing import Callable
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -83,6 +85,10 @@ class Target:
         "The tensor itself, outside of autograd"
         return self.layer.weight.detach()
     @property
+    def size(self) -> int:
+        "Number of weights"
+        return self.layer.weight.numel()
+    @property
     def whole_outputs(self) -> bool:
         "True if groups are made of whole outputs of the layer, so that its bias and BatchNorm go with them"
         return getattr(self.groups, 'keep', {'in'}) <= {'out', 'group'}
@@ -93,6 +99,27 @@ def tensor_id(
     "The identity of the weight of `layer`; of the layer itself if its weight is computed anew each time"
     weight = layer._parameters.get('weight')
     return id(layer if weight is None else weight)
+
+# %% ../nbs/05_select.ipynb #d744dfbc
+@patch(as_prop=True)
+def parts(self:Target) -> tuple[Target,...]:
+    "The targets that take part: this one"
+    return (self,)
+
+@patch
+def gather(self:Target,
+    of:Callable[[Target],torch.Tensor], # Gives a tensor of the weight's shape, such as scores
+) -> torch.Tensor: # For `groups`
+    "What `of` says of the weights of all groups"
+    return of(self)
+
+@patch
+def masks(self:Target,
+    kept:torch.Tensor, # One decision a group, of shape (rows, n), or one for all
+    now:Callable[[Target],torch.Tensor], # Not asked: its groups are all there is of this target
+) -> dict[str,torch.Tensor]: # {name of the target: bool of the weight's shape}
+    "What the decisions mean for the weight"
+    return {self.name: self.groups.expand(kept) if kept.dim() else kept.expand(self.weight.shape)}
 
 # %% ../nbs/05_select.ipynb #bf490b5b
 def _computed(layer): # what is wrong with a layer that has no plain weight

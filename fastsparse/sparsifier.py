@@ -10,44 +10,48 @@ __all__ = ['Sparsifier']
 # %% ../nbs/09_sparsifier.ipynb #c6138ee3
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from typing import Callable, Iterator
 from weakref import WeakKeyDictionary
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .granularity import NM, as_granularity, layer_type, output_groups
+from .granularity import NM, Coupled, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
-from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_mask, one_thread, spread
+from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_evenly, keep_mask, one_thread, spread
 from .method import allocate, as_method, floors, global_, local
 from .select import by_reason, find_targets, select_layers, tensor_id
-from .plan import Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
+from .plan import Cost, Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
 from .plan import SparsityWarning # noqa: F401 (it is part of what a user catches)
 from .dependants import Dependants, dependants, native_forward
+from .coupled import coupled_units
+from .flow import flow
 from .report import SparsityReport, read_weight, sparsity_report
 
 # %% ../nbs/09_sparsifier.ipynb #daf5ea76
 class _Scores(Scores):
-    "The group scores of some targets, computed when they are asked for"
-    def __init__(self, sparsifier, targets):
-        super().__init__(targets)
+    "The group scores of some targets, or units of coupled outputs, computed when they are asked for"
+    def __init__(self, sparsifier, units):
+        super().__init__(units)
         self.sparsifier,self.seed,self.kept = sparsifier,None,{}
-        self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in targets}, torch.float32) # one, to be compared
+        parts = [t for u in units for t in u.parts]
+        self.number = {name: i for i,name in enumerate(dict.fromkeys(t.name for t in parts))}
+        self.dtype = reduce(torch.promote_types, {t.weight.dtype for t in parts}, torch.float32) # one, to be compared
 
     def shape(self, i): return self.layers[i].groups.rows,self.layers[i].groups.n
 
     def __getitem__(self, i):
         if i in self.kept: return self.kept[i]
-        t = self.layers[i]
-        scores = t.groups.scores(self._scored(t, t.weight, self._evidence(i)))
-        scores = self._ranked(t, scores, lambda: t.groups.alive(self._mask_of(t)))
-        if t.groups.size >= 8: self.kept[i] = scores # few beside the weights
+        u = self.layers[i]
+        scores = self._ranked(u, self._plain(u), lambda: u.groups.alive(u.gather(self._mask_of)))
+        if u.groups.size >= 8: self.kept[i] = scores # few beside the weights
         return scores
 
     def pieces(self, i, every=1):
         t,s = self.layers[i],self.sparsifier
         each = getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)
-        if not each: return super().pieces(i, every)
+        if not each or t not in t.parts: return super().pieces(i, every)
         given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
         return (self._ranked(t, self._scored(t, w, dict(zip(s._reads, gs))), lambda: alive)
                 for w,alive,*gs in zip(*(in_pieces(x, every) for x in (t.weight, self._mask_of(t), *given))))
@@ -57,8 +61,12 @@ class _Scores(Scores):
 def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks, t.name, t.weight)
 
 @patch
-def _evidence(self:_Scores, i):
-    t,s = self.layers[i],self.sparsifier
+def _plain(self:_Scores, u): # whatever was pruned before
+    return u.groups.scores(u.gather(lambda t: self._scored(t, t.weight, self._evidence(t))))
+
+@patch
+def _evidence(self:_Scores, t):
+    s,i = self.sparsifier,self.number[t.name]
     if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # only when it is needed
     kept = {e: s._on(s._memory[e], t.name, t.weight) for e in s._reads if e != 'generator'}
     return {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else kept[e] for e in s._reads}
@@ -85,15 +93,14 @@ def _ranked(self:_Scores, t, scores, alive):
     if math.isnan(low):
         raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, "
                          f"or the criterion {_name(self.sparsifier.criteria)} made it; nothing was pruned")
-    if not self.sparsifier._gone[t.name]: return scores
+    if not self.sparsifier._lost_of[t.name]: return scores
     if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     return bury(scores, alive())
 
 @patch
 def bare(self:_Scores, i): # zeros that were only taken over are not out of the question
-    t = self.layers[i]
-    if t.name not in self.sparsifier._found: return self[i]
-    return t.groups.scores(self._scored(t, t.weight, self._evidence(i)))
+    u = self.layers[i]
+    return self._plain(u) if u.name in self.sparsifier._found else self[i]
 
 def _name(f): return getattr(f, '__name__', str(f)).strip('_')
 
@@ -103,13 +110,13 @@ class Sparsifier(MaskHolder):
     @check_options
     def __init__(self,
         model:nn.Module, # Any PyTorch model; changed only by the zeros written into its tensors
-        granularity='weight', # A name of `available_granularities()`, a pattern such as '2:4', or an object
+        granularity='weight', # A name of `available_granularities()`, 'coupled', a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         layers=None, # Selector of the layers to prune, see `select_layers`; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense, with all their tensors
         trainable_only:bool=False, # Prune no frozen weight (`requires_grad=False`); zeros that it has are held
-        example_input=None, # What the model takes: a tensor, tuple or dict; see `watch`
+        example_input=None, # What the model takes: a tensor, tuple or dict; `...` if `watch` will be told later
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module"
@@ -127,6 +134,9 @@ class Sparsifier(MaskHolder):
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads = evidence_of(self.criteria)
         self._named,self._shapes = layers is not None,{t.name: t.weight.shape for t in targets}
+        self._coupled,self._flow,self._stay = None,None,{}
+        if isinstance(self.granularity, Coupled): return self._start_coupled(example_input)
+        example_input = None if example_input is ... else example_input
         self._take(self._dependants(example_input))
         if example_input is not None: self._leave_returned()
         self.reset()
@@ -150,6 +160,7 @@ def watch(self:Sparsifier,
     example_input, # What the model takes: a tensor, tuple or dict; a few samples suffice
 ):
     "See in one forward, instead of in the code, what goes with whole outputs, and which of them the model returns"
+    if self._coupled is not None: return self._couple(example_input)
     found = self._dependants(example_input)
     if found.untraced is None: self._take(found)
     self._leave_returned()
@@ -166,13 +177,58 @@ def _leave_returned(self:Sparsifier, only=None): # classes are no filters, unles
 _is_returned = 'its outputs are outputs of the model (classes, say); name it in layers= to prune them'
 
 # %% ../nbs/09_sparsifier.ipynb #5fa0b84e
+@patch(as_prop=True)
+def units(self:Sparsifier) -> dict: # By name
+    "What competes: the targets, or with 'coupled' the units that their outputs make together"
+    return self.targets if self._coupled is None else self._coupled
+
+@patch
+def _start_coupled(self:Sparsifier, example_input):
+    if example_input is None:
+        raise ValueError("granularity 'coupled' has to see one forward of the model to know which outputs go together; "
+                         "pass example_input=, as many samples of a batch as the model needs (a fit takes its own)")
+    self._candidates,self._coupled = list(self.targets.values()),{}
+    self._take(Dependants([], []))
+    if example_input is ...: self.reset()
+    else: self._couple(example_input)
+
+@patch
+def _couple(self:Sparsifier, example_input):
+    f,layers = flow(self.model, example_input),{t.name: t.layer for t in self._candidates}
+    found = dependants(self.model, layers, example_input)
+    units,stay = coupled_units(self.model, self._candidates, f, {x.name for x in found.followers}, self.granularity.reduce)
+    part,held = {t.name for u in units.values() for t in u.parts},{t.layer_name: stay.get(t.name) for t in self._candidates}
+    self._check_units(units, held)
+    self._take(found)
+    self._coupled,self._flow,self.targets = units,f,{t.name: t for t in self._candidates if t.name in part}
+    names = {t.layer_name for t in self.targets.values()}
+    self.left_dense |= {n: next(iter(why)) for n,why in held.items() if n not in names}
+    self._stay = {n: why for n,why in held.items() if n in names and why}
+    self.reset()
+
+@patch
+def _check_units(self:Sparsifier, units, held):
+    if not units:
+        dense = by_reason({n: next(iter(why)) for n,why in held.items()})
+        said = '; '.join(f'{ns}: {why}' for why,ns in list(dense.items())[:5])
+        raise ValueError(f"no coupled outputs to prune ({said}); 'filter' and 'row' prune outputs that cannot be cut out")
+    if self.frozen and all(map(self._is_frozen, units.values())):
+        raise ValueError("all coupled outputs have a part in frozen layers (requires_grad=False); "
+                         "unfreeze them, as with learn.unfreeze()")
+
+@patch
+def _is_frozen(self:Sparsifier, u): return any(t.name in self.frozen for t in u.parts)
+
+# %% ../nbs/09_sparsifier.ipynb #981be550
 @patch
 def reset(self:Sparsifier):
     "Forget all masks, for weights that were loaded back: what is zero now is taken over, as by a new `Sparsifier`"
     self._check_current(self.targets.values())
-    self.masks:dict[str,torch.Tensor] = {t.name: self._infer(t) for t in self.targets.values()}
+    self.masks:dict[str,torch.Tensor] = {}
+    for u in self.units.values(): self.masks |= self._infer(u)
     self._before = self._pruned_before()
-    self._found = self.masks.keys() - self._before.keys() # targets whose masks were only taken over
+    known = lambda u: all(t.name in self._before for t in u.parts)
+    self._found = {n for n,u in self.units.items() if not known(u)} # those whose masks were only taken over
     kept = [e for e in self._reads if e != 'generator']
     self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in kept}
     self._following,self._aside,self._told = {},{},() # what follows now, its values before it did, what was said
@@ -188,37 +244,46 @@ def _pruned_before(self:Sparsifier): # masks by which something was pruned in th
 
 @patch
 def _drop_found(self:Sparsifier, end, method): # asked for less than is zero: only what was pruned before stays
-    size = lambda n: self.targets[n].weight.numel()
-    less = lambda names: sum(end[n]*size(n)/100 for n in names) < sum(self._gone[n] for n in names)
-    for n in self._before.keys() & end.keys():
-        if less([n] if method is local else end): self.masks[n] = self._before[n]
-    self._before = {n: m for n,m in self._before.items() if n not in end}
+    less = lambda names: sum(end[n]*self.units[n].size/100 for n in names) < sum(self._lost_of[n] for n in names)
+    parts = {n: [t.name for t in self.units[n].parts] for n in end}
+    for n,ts in parts.items():
+        known = all(t in self._before for t in ts)
+        if known and less([n] if method is local else end): self.masks |= {t: self._before[t] for t in ts}
+    self._before = {t: m for t,m in self._before.items() if not any(t in ts for ts in parts.values())}
     self._update_followers(returning=False)
 
-# %% ../nbs/09_sparsifier.ipynb #981be550
+# %% ../nbs/09_sparsifier.ipynb #4e4cb91c
 @patch
 def _like(self:Sparsifier, t, mask): # as the weight lies in memory
     if mask.shape == t.weight.shape and mask.stride() == t.weight.stride(): return mask
     return torch.empty_like(t.weight, dtype=torch.bool).copy_(mask)
 
 @patch
-def _infer(self:Sparsifier, t):
-    if t.weight.amin().isnan():
-        raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; "
-                         "load weights from before the training diverged")
-    alive = t.groups.alive(t.weight.bool())
-    emptied = t.name in _made.get(self.model, {}) and not _made[self.model][t.name].any()
+def _infer(self:Sparsifier, u): # masks of its targets
+    for t in u.parts:
+        if t.weight.amin().isnan():
+            raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; "
+                             "load weights from before the training diverged")
+    alive,made = u.groups.alive(u.gather(lambda t: t.weight.bool())),_made.get(self.model, {})
+    emptied = all(t.name in made and not made[t.name].any() for t in u.parts)
     if not count(alive) and not self._whole_layers and not emptied: alive = torch.ones_like(alive)
-    return self._like(t, t.groups.expand(alive))
+    return {n: self._like(self.targets[n], m) for n,m in u.masks(alive, self._mask_now).items()}
+
+@patch
+def _mask_now(self:Sparsifier, t): # beside the weight, whole if there is none yet
+    return self._on(self.masks, t.name, t.weight) if t.name in self.masks else torch.ones_like(t.weight, dtype=torch.bool)
 
 @patch(as_prop=True)
 def _whole_layers(self:Sparsifier): return getattr(self.granularity, 'name', None) == 'layer'
 
 @patch
-def _percent(self:Sparsifier, t): # what every row has lost
-    alive = t.groups.alive(self.masks[t.name])
-    dead = t.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
-    return 100*dead*t.groups.step/t.weight.numel()
+def _alive(self:Sparsifier, u): return u.groups.alive(u.gather(self._mask_now))
+
+@patch
+def _percent(self:Sparsifier, u): # what every row has lost
+    alive = self._alive(u)
+    dead = u.groups.n - (count(alive) if len(alive) == 1 else int(alive.sum(-1).max()))
+    return 100*dead*u.groups.step/u.size
 
 # %% ../nbs/09_sparsifier.ipynb #18949bcb
 @patch
@@ -263,13 +328,14 @@ def prune_layer(self:Sparsifier,
     sparsity:float, # Percent of its weights that shall be zero
     round_to:int|None=None, # What remains is a multiple of this many groups, at least as many
 ):
-    "Prune one layer to `sparsity` percent; nothing else of the model is touched"
+    "Prune one layer to `sparsity` percent, and no other but those that its outputs are coupled with"
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
     meant = lambda t: layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))
-    found = [t for t in self.targets.values() if meant(t)]
+    found = [u for u in self.units.values() if any(map(meant, u.parts))]
     if not found: self._no_layer(layer)
-    if isinstance(sparsity, dict):
-        raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict")
+    if isinstance(sparsity, (dict, Cost)):
+        raise ValueError(f"sparsity={sparsity!r}: one layer has one percentage; prune_model takes a dict "
+                         "and a cost")
     self._reach(self._plan(hint_percent(sparsity), round_to, found, local), 1., local)
 
 @patch
@@ -284,7 +350,8 @@ def _no_layer(self:Sparsifier, layer):
 @patch
 @check_options
 def prune_model(self:Sparsifier,
-    sparsity:float|dict, # Percent of the targets' weights that shall be zero; with 'local' a dict {selector: percent}
+    sparsity:float|dict|Cost, # Percent of the targets' weights that shall be zero; with 'local' {selector: percent};
+                              # with 'coupled' `MACs(percent)` or `Params(percent)`
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
 ):
     "Prune all targets to `sparsity` percent"
@@ -293,41 +360,48 @@ def prune_model(self:Sparsifier,
 # %% ../nbs/09_sparsifier.ipynb #042ab47c
 @patch
 def plan(self:Sparsifier,
-    sparsity:float|dict, # Percent, or with 'local' a dict {layer selector: percent}
+    sparsity:float|dict|Cost, # Percent, with 'local' a dict {layer selector: percent}, with 'coupled' a `Cost`
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups
 ) -> Plan: # To be carried out by `advance`
     "From the zeros that are there now to `sparsity`"
-    return self._plan(sparsity, round_to, [t for t in self.targets.values() if t.name not in self.frozen], self.method)
+    return self._plan(sparsity, round_to, [u for u in self.units.values() if not self._is_frozen(u)], self.method)
 
 @patch
-def _plan(self:Sparsifier, sparsity, round_to, targets, method):
+def _plan(self:Sparsifier, sparsity, round_to, units, method):
     check_request(sparsity, self.granularity, self.method, round_to)
-    self._check_current(targets)
-    end = self._each(sparsity, targets) if isinstance(sparsity, dict) else {t.name: float(sparsity) for t in targets}
+    if not self.units: raise ValueError("which outputs go together is not known yet; call watch(example_input) first")
+    self._check_current([t for u in units for t in u.parts])
+    cost = sparsity if isinstance(sparsity, Cost) else None
+    if isinstance(sparsity, dict): end = self._each(sparsity, units)
+    else: end = dict.fromkeys((u.name for u in units), 100. if cost else float(sparsity))
     if isinstance(self.granularity, NM): # 66.67 means two of three
         end = {n: self.granularity.percent if p else 0. for n,p in end.items()}
-    asked = [self.targets[n] for n,p in end.items() if p]
-    small = [f'{t.layer_name} ({t.groups.n})' for t in asked if t.groups.n < (round_to or 1)]
+    asked = [self.units[n] for n,p in end.items() if p]
+    small = [f'{u.layer_name} ({u.groups.n})' for u in asked if u.groups.n < _bundle(u, round_to)]
     if small:
         raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; "
                          "use a smaller one, or leave them out with exclude=")
     if self._before.keys() & end.keys(): self._drop_found(end, method)
     self._forget_untrue(end, method)
-    start = {n: self._percent(self.targets[n]) for n in end}
-    return Plan(self._within(start, end, method), end, round_to)
+    start = {n: self._percent(self.units[n]) for n in end}
+    return Plan(self._within(start, end, method), end, round_to, cost)
+
+def _bundle(u, round_to): # how many groups it takes for each part to lose a multiple of `round_to` outputs
+    each = [e.shape[1] for e in getattr(u, 'entries', ())] or [1]
+    return math.lcm(*((round_to or 1)//math.gcd(round_to or 1, k) for k in each))
 
 # %% ../nbs/09_sparsifier.ipynb #30524eb3
 @patch
-def _each(self:Sparsifier, sparsity, targets):
+def _each(self:Sparsifier, sparsity, units):
     percents = {}
     for selector,percent in sparsity.items():
         ids = {tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
-        found = {t.name: float(percent) for t in targets if tensor_id(t.layer) in ids}
+        found = {u.name: float(percent) for u in units if any(tensor_id(t.layer) in ids for t in u.parts)}
         if not found:
             names = [n for n,_ in select_layers(self.model, selector, 'sparsity key') if n in self.left_dense]
             reasons = by_reason({n: self.left_dense[n] for n in names})
             why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
-            known = ', '.join(t.layer_name for t in targets)
+            known = ', '.join(u.layer_name for u in units)
             raise ValueError(f"sparsity key {selector!r} means none of the layers to prune"
                              f"{f' ({why})' if why else ''}, which are {known}")
         percents |= found
@@ -337,7 +411,7 @@ def _each(self:Sparsifier, sparsity, targets):
 @patch
 def _within(self:Sparsifier, start, end, method): # zeros that were taken over are held up to what is asked for
     if method is local: return {n: min(p, end[n]) if n in self._found else p for n,p in start.items()}
-    weights = lambda percents, names: sum(percents[n]*self.targets[n].weight.numel() for n in names)
+    weights = lambda percents, names: sum(percents[n]*self.units[n].size for n in names)
     found,asked = weights(start, end.keys() & self._found),weights(end, end)
     pruned = weights(start, end.keys() - self._found)
     share = min(max(asked - pruned, 0)/found, 1.) if found else 1.
@@ -345,18 +419,19 @@ def _within(self:Sparsifier, start, end, method): # zeros that were taken over a
 
 @patch
 def _forget_untrue(self:Sparsifier, end, method):
-    untrue = [t for t in map(self.targets.get, end) if t.name not in self._found and self._gone[t.name]
-              and not is_held(t.weight, self._on(self.masks, t.name, t.weight))]
+    held = lambda t: is_held(t.weight, self._mask_now(t))
+    untrue = [u for u in map(self.units.get, end) if u.name not in self._found and self._lost_of[u.name]
+              and not all(map(held, u.parts))]
     if not untrue: return
-    held = {n: self._percent(self.targets[n]) for n in end}
-    in_all = lambda percents: sum(p*self.targets[n].weight.numel() for n,p in percents.items())
-    less = [t for t in untrue if (end[t.name] < held[t.name] if method is local else in_all(end) < in_all(held))]
-    for t in less:
-        zero = t.groups.alive(self._on(self.masks, t.name, t.weight) | t.weight.bool())
-        self.masks[t.name] = self._like(t, t.groups.expand(zero))
+    there = {n: self._percent(self.units[n]) for n in end}
+    in_all = lambda percents: sum(p*self.units[n].size for n,p in percents.items())
+    less = [u for u in untrue if (end[u.name] < there[u.name] if method is local else in_all(end) < in_all(there))]
+    for u in less:
+        alive = u.groups.alive(u.gather(lambda t: self._mask_now(t) | t.weight.bool()))
+        self.masks |= {n: self._like(self.targets[n], m) for n,m in u.masks(alive, self._mask_now).items()}
     if less: self._update_followers()
     else:
-        names = ', '.join(t.layer_name or 'the layer' for t in untrue[:5]) + ', ...'*(len(untrue) > 5)
+        names = ', '.join(u.layer_name or 'the layer' for u in untrue[:5]) + ', ...'*(len(untrue) > 5)
         warn(f"pruned weights of {names} were changed since, and are pruned again; "
              "after a training step call apply_masks(), after loading weights back call reset()")
 
@@ -373,38 +448,41 @@ def advance(self:Sparsifier,
 @patch
 @torch.no_grad()
 def _reach(self:Sparsifier, plan, progress, method, agree=None):
-    targets = [self.targets[n] for n in plan.end]
-    self._check_current(targets)
-    scores,n,step = _Scores(self, targets),[t.groups.n for t in targets],[t.groups.step for t in targets]
+    units = [self.units[n] for n in plan.end]
+    self._check_current([t for u in units for t in u.parts])
+    scores,n,step = _Scores(self, units),[u.groups.n for u in units],[u.groups.step for u in units]
     with one_thread():
         lost,held,squeezed = self._share_out(plan, progress, method, scores, n, step)
         some = {i for i,k in enumerate(lost) if 0 < k < n[i]}
         for i in some: scores.find(i, lost[i]) # an error changes nothing
-        for i,(t,k) in enumerate(zip(targets, lost)): # one at a time: never all old and all new masks in memory
-            kept = _choose(scores, i, k, t.groups, i in held) if i in some else torch.tensor(k == 0)
-            mask = self._like(t, t.groups.expand(kept) if i in some else kept)
-            if agree is not None: agree({t.name: mask})
-            self.masks[t.name] = mask
-    if 'previous' in self._memory: self._memory['previous'].update({t.name: t.weight.clone() for t in targets})
+        for i,(u,k) in enumerate(zip(units, lost)): # one at a time: never all old and all new masks in memory
+            kept = _choose(scores, i, k, u.groups, i in held) if i in some else torch.tensor(k == 0)
+            for name,mask in u.masks(kept, self._mask_now).items():
+                mask = self._like(self.targets[name], mask)
+                if agree is not None: agree({name: mask})
+                self.masks[name] = mask
+    if 'previous' in self._memory:
+        self._memory['previous'].update({t.name: t.weight.clone() for u in units for t in u.parts})
     found = self._found & set(plan.end)
     self._update_followers(returning=not found)
     self._found -= found
     _made[self.model] = self.masks
-    self._apply(set(plan.end))
+    self._apply({t.name for u in units for t in u.parts})
     got = [k*s for k,s in zip(lost, step)]
     if progress == 1:
         bound = any(k == n_-1 for k,n_ in zip(lost, n))
-        names = [targets[i].layer_name for i in sorted(squeezed)]
-        self._tell(plan, targets, got, method, bound, found or held - squeezed, names)
-    return 100*sum(got)/sum(t.weight.numel() for t in targets)
+        names = [units[i].layer_name for i in sorted(squeezed)]
+        self._tell(plan, units, got, method, bound, found or held - squeezed, names)
+    return 100*sum(got)/sum(u.size for u in units)
 
 # %% ../nbs/09_sparsifier.ipynb #0243dc03
 @patch
 def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
-    "Groups that each target loses; the targets that are down to the floor; those of them that are for their low scores"
+    "Groups that each unit loses; the units that are down to the floor; those of them that are for their low scores"
+    if plan.cost: return self._meet(plan, progress, method, scores, n, step)
     targets = scores.layers
-    sizes = {t.name: t.weight.numel() for t in targets}
-    wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._gone[t.name] for t in targets]
+    sizes = {t.name: t.size for t in targets}
+    wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._lost_of[t.name] for t in targets]
     if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow
     many = method is global_ and len(n) > 1 and not self._whole_layers and any(wanted)
     rank = any(wanted) and (many or progress < 1)
@@ -418,14 +496,47 @@ def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     most = [n_ if t.name in self._found else n_-g for t,n_,g in zip(targets, n, gone)] # that can be asked to stay
     least = [n_ if wait else min(f, m) for wait,n_,f,m in zip(waits, n, floor, most)]
     had = [round(plan.start[t.name]*n_/100) for t,n_ in zip(targets, n)]
-    lost = allocate(method, scores, n, step, wanted, had, plan.round_to, least)
+    each = [_bundle(t, plan.round_to) for t in targets]
+    lost = allocate(method, scores, n, step, wanted, had, each, least)
     if not many: return lost,set(),set()
-    r = plan.round_to or 1
-    floor = [max(f//r, 1)*r if r > 1 else f for f in floor]
+    floor = [max(f//r, 1)*r for f,r in zip(floor, each)]
     squeezed = {i for i,k in enumerate(lost) if n[i]-k == floor[i] and not level[i]}
-    return lost,set() if r > 1 else squeezed | {i for i,l in enumerate(level) if l},squeezed
+    return lost,set() if plan.round_to else squeezed | {i for i,l in enumerate(level) if l},squeezed
 
 # %% ../nbs/09_sparsifier.ipynb #37b4c90e
+@patch
+def _meet(self:Sparsifier, plan, progress, method, scores, n, step):
+    goal = plan.cost.count(self._flow)*(1 - progress*plan.cost.percent/100)
+    order = [u.classes[scores[i][0].argsort(stable=True).cpu()].tolist() for i,u in enumerate(scores.layers)]
+    left = lambda lost: plan.cost.count(self._flow, {c for o,k in zip(order, lost) for c in o[:k]})
+    each = [_bundle(u, plan.round_to) for u in scores.layers]
+    now = [self._lost_of[u.name]//s for u,s in zip(scores.layers, step)]
+    back = [[*now[:i], k-r, *now[i+1:]] for i,(k,r) in enumerate(zip(now, each)) if k >= r]
+    stay = [0]*len(n) if all(left(b) <= goal for b in back) else now
+    def at(percent):
+        part = replace(plan, end=dict.fromkeys(plan.end, percent/max(progress, 1e-9)), cost=None)
+        lost,*more = self._share_out(part, progress, method, scores, n, step)
+        return [max(k, j) for k,j in zip(lost, stay)],*more
+    low,high = at(0.),at(100.)
+    if left(low[0]) <= goal: return low
+    if left(high[0]) > goal: return high
+    a,b = 0.,100.
+    while b - a > 1e-4 and sum(abs(k-j) for j,k in zip(low[0], high[0])) > 1:
+        tried = at((a+b)/2)
+        if left(tried[0]) > goal: a,low = (a+b)/2,tried
+        else: b,high = (a+b)/2,tried
+    return _between(low[0], high[0], each, left, goal),*high[1:]
+
+def _between(low, high, each, left, goal): # groups that each unit loses, one bundle after another from `low` to `high`
+    lost = list(low)
+    for i,r in enumerate(each):
+        while lost[i] + r <= high[i]:
+            more = [*lost[:i], lost[i] + r, *lost[i+1:]]
+            if left(more) <= goal: return min(lost, more, key=lambda k: abs(left(k) - goal))
+            lost = more
+    return list(high)
+
+# %% ../nbs/09_sparsifier.ipynb #a1915b03
 @patch
 def release(self:Sparsifier,
     plan:Plan, # Made by `plan`
@@ -433,18 +544,21 @@ def release(self:Sparsifier,
 ):
     "Let go of the zeros that were taken over, beyond those that `plan` starts from"
     named = self._found & set(plan.end)
-    more = sum(self._gone[n] - plan.start[n]*self.targets[n].weight.numel()/100 for n in named)
-    if more > .5: self._reach(plan, 0., local, agree) # each layer its part
+    more = sum(self._lost_of[n] - plan.start[n]*self.units[n].size/100 for n in named)
+    if more > .5: self._reach(replace(plan, cost=None), 0., local, agree) # each layer its part
 
 def _choose(scores, i, k, groups, held): # which groups a target keeps
+    if (rows := getattr(groups, 'balance', 1)) > 1: return keep_evenly(scores[i].view(rows, -1), k).view(1, -1)
     if not held or not getattr(groups, 'by_output', False): return scores.keep(i, k)
     return keep_mask(groups.from_outputs(spread(groups.to_outputs(scores.bare(i)), k)), k)
 
-# %% ../nbs/09_sparsifier.ipynb #a1915b03
+# %% ../nbs/09_sparsifier.ipynb #4a7d051d
 @patch
 def _tell(self:Sparsifier, plan, targets, got, method, bound, found, squeezed): # what did not come as it was asked for
-    said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
-    sizes,zeros = [t.weight.numel() for t in targets],sum(_zeros(t.weight) for t in targets) if found else 0
+    if plan.cost: said,matters = self._cost(plan)
+    else: said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
+    sizes,zeros = [t.size for t in targets],sum(_zeros(t.gather(lambda t: t.weight)) for t in targets) if found else 0
+    if plan.cost: zeros = 0
     if zeros - sum(got) > .01*sum(sizes) and not matters: # taken over, or never moved
         said = asked_and_got(sum(plan.end[t.name]*n/100 for t,n in zip(targets, sizes)), zeros, sum(sizes))
         said,matters = f"{said}: these zeros were there before, and those beyond {sum(got):,} are free to change",True
@@ -459,6 +573,15 @@ def _tell(self:Sparsifier, plan, targets, got, method, bound, found, squeezed): 
         warn(self._told[-1])
 
 def _zeros(w): return w.numel() - count(w.bool())
+
+@patch
+def _cost(self:Sparsifier, plan): # what was asked for, and what came of it; whether that is worth a warning
+    gone = {c for u in self.units.values() for c in u.classes[~self._alive(u)[0].cpu()].tolist()}
+    full,left = plan.cost.count(self._flow),plan.cost.count(self._flow, gone)
+    fewer,what = 100*(1 - left/full),plan.cost.unit
+    said = f"cut out, {left:,} of {full:,} {what} are left, {fewer:.4g} % fewer"
+    if abs(fewer - plan.cost.percent) <= 1: return said,False
+    return f"asked for {plan.cost.percent:g} % fewer {what}: {said}; no whole groups come nearer",True
 
 # %% ../nbs/09_sparsifier.ipynb #c20c0a96
 @patch
@@ -475,7 +598,7 @@ def trial(self:Sparsifier):
         if made is None: _made.pop(self.model, None)
         else: _made[self.model] = made
 
-Sparsifier._state = ('targets','left_dense','masks','_found','_before','_memory','_following','_aside','_gone','_told',
+Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense','masks','_found','_before','_memory','_following','_aside','_gone','_told',
                      '_followers','_lost','_unclear','untraced','_returned') # all that pruning and watching change
 
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
@@ -489,7 +612,7 @@ def pairs(self:Sparsifier,
 ) -> Iterator[tuple[torch.Tensor,torch.Tensor]]:
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
     for t in self.targets.values():
-        if self._gone[t.name] and (names is None or t.name in names):
+        if self._gone.get(t.name) and (names is None or t.name in names):
             if 'weight' not in t.layer._parameters: self._check_current([t])
             yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
     for f in self._followers:
@@ -516,7 +639,10 @@ def _on(self:Sparsifier, masks, name, tensor): # a model may have moved to anoth
 @patch
 def _update_followers(self:Sparsifier, returning=True): # and count, after a change of `masks`
     self._gone = {n: m.numel() - count(m) for n,m in self.masks.items()}
-    alive = {n: output_groups(t.layer).alive(self.masks[n])[0] for n,t in self.targets.items() if t.whole_outputs}
+    self._lost_of = self._gone if self._coupled is None else {n: int((~self._alive(u)).sum())*u.groups.step
+                                                              for n,u in self.units.items()}
+    whole = [t for t in self.targets.values() if t.whole_outputs and t.name in self.masks]
+    alive = {t.name: output_groups(t.layer).alive(self.masks[t.name])[0] for t in whole}
     before = self._following
     some = any(count(a) < len(a) for a in alive.values())
     self._following = {f.name: f.mask(alive) for f in self._followers} if some else {}
@@ -542,8 +668,8 @@ def sparsity(self:Sparsifier) -> float: # Percent
 @patch
 def planned(self:Sparsifier) -> float: # Percent
     "What the masks make zero of the targets' weights; what really is zero says `sparsity`"
-    some = [n for n in self.targets if n not in self.frozen]
-    return 100*sum(self._gone[n] for n in some)/sum(self.masks[n].numel() for n in some)
+    some = [n for n in self.masks if n not in self.frozen]
+    return 100*sum(self._gone[n] for n in some)/max(sum(self.masks[n].numel() for n in some), 1)
 
 @patch
 def reach(self:Sparsifier) -> float: # Percent
@@ -583,6 +709,7 @@ def _notes(self:Sparsifier):
     own = {t.layer_name: type(t.layer).__name__ for t in self.targets.values() if not native_forward(t.layer)}
     notes += [f'{n} has a forward of its own ({cls}): zeros last only if it uses its weight as it is.'
               for n,cls in own.items()]
+    notes += [f'{n}: {k} outputs stay, {why}.' for n,whys in self._stay.items() for why,k in whys.items()]
     return notes + self.flow_notes() + self._small_part()
 
 @patch
@@ -597,7 +724,7 @@ def _small_part(self:Sparsifier):
 def flow_notes(self:Sparsifier) -> list[str]:
     "What of the data flow behind pruned outputs is not known"
     some = lambda names: ', '.join(names[:5]) + ', ...'*(len(names) > 5)
-    returned = [t.layer_name for n,t in self.targets.items() if n in self._returned and self._gone[n]]
+    returned = [t.layer_name for n,t in self.targets.items() if n in self._returned and self._gone.get(n)]
     unclear = self._unclear if any(self._gone.values()) else ()
     notes = {
         'what flows in could not be followed to its filters, so nothing is masked there.': self._lost,

@@ -52,11 +52,13 @@ def naive_groups(layer, granularity):
     return _places(tuple(layer.weight.shape), 'Transpose' in type(layer).__name__, getattr(layer, 'groups', 1), KEPT[rank][granularity])
 
 
-def naive_mask(scores, groups, k):
-    "Lose the `k` groups with the lowest sums, by a stable sort"
+def naive_mask(scores, groups, k, rows=1):
+    "Lose the `k` groups with the lowest sums, by a stable sort; from each of `rows` equal parts of them as many, or one more"
     sums = [0.]*(int(groups.max())+1)
     for s, g in zip(scores.flatten().tolist(), groups.flatten().tolist(), strict=True): sums[g] += s
-    lost = sorted(range(len(sums)), key=sums.__getitem__)[:k]
+    each = len(sums)//rows
+    better = lambda g: sum(sums[o] > sums[g] or (sums[o] == sums[g] and o > g) for o in range(g//each*each, (g//each+1)*each)) # noqa: E731
+    lost = sorted(range(len(sums)), key=lambda g: (-better(g) if rows > 1 else 0, sums[g]))[:k]
     return torch.tensor([g not in set(lost) for g in groups.flatten().tolist()]).view(groups.shape)
 
 
