@@ -1,11 +1,11 @@
 __version__ = "0.1.0"
 
-from .granularity import NM, Granularity, available_granularities, register_layer
+from .granularity import NM, Coupled, Granularity, available_granularities, register_layer
 from .criteria import *
 from .method import available_methods
 from .schedule import *
 from .report import SparsityReport, sparsity_report
-from .plan import SparsityWarning, erk
+from .plan import MACs, Params, SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
 from .flow import flow

@@ -1,10 +1,10 @@
 "Everything that a notebook needs, in one import"
-from .granularity import NM, Granularity, available_granularities, register_layer
+from .granularity import NM, Coupled, Granularity, available_granularities, register_layer
 from .criteria import *
 from .method import available_methods
 from .schedule import *
 from .report import SparsityReport, sparsity_report
-from .plan import SparsityWarning, erk
+from .plan import MACs, Params, SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
 from .flow import flow
