@@ -517,10 +517,10 @@ def _meet(self:Sparsifier, plan, progress, method, scores, n, step):
         part = replace(plan, end=dict.fromkeys(plan.end, percent/max(progress, 1e-9)), cost=None)
         lost,*more = self._share_out(part, progress, method, scores, n, step)
         return [max(k, j) for k,j in zip(lost, stay)],*more
-    low,high = at(0.),at(100.)
+    low,high = at(0.),at(99.999) # every unit keeps something
     if left(low[0]) <= goal: return low
     if left(high[0]) > goal: return high
-    a,b = 0.,100.
+    a,b = 0.,99.999
     while b - a > 1e-4 and sum(abs(k-j) for j,k in zip(low[0], high[0])) > 1:
         tried = at((a+b)/2)
         if left(tried[0]) > goal: a,low = (a+b)/2,tried
