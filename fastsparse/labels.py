@@ -108,6 +108,7 @@ class Reader:
         self.info,self.at,self.stale = {},{},set()
         self.slots,self.n = {},1 # labels of the axes of parameters and buffers
         self.edges,self.pins,self.splits,self.suspects,self.reads,self.contractions = [],[],[],[],[],[]
+        self.heads = [] # labels of the heads of an attention
         self.parameter = {v.memory: name for name,v in rec.named.items()}
         for name,v in rec.named.items(): self._name(name, v)
         for op in rec.ops: self.step(op)
@@ -208,8 +209,10 @@ def merge(self:Reader, operands, ndim, why): # operands: pairs of labels and sha
     lifted,merged = [[lift(L, ndim) for L in labels] for labels,_ in operands],[]
     for i,L in ((i, L) for i,labels in enumerate(lifted) for L in labels):
         for j,(size,others) in enumerate(zip(sizes, lifted)):
-            bare = any(size[d] > 1 and not any(o.shape[d] > 1 for o in others) for d in varying(L))
-            if j != i and bare: self.pin(L, f'{why}, beside numbers that have no channels')
+            bare = [d for d in varying(L) if size[d] > 1 and not any(o.shape[d] > 1 for o in others)]
+            if j == i or not bare: continue
+            if bare == varying(L): self.pin(L, f'{why}, beside numbers that have no channels')
+            else: L = self.couple(L, bare, why) # what lies along other axes goes as a whole
         near = [m for m in merged if overlap(m, L)]
         merged = [m for m in merged if not overlap(m, L)]
         for m in near: L = self.meet(L, m, why)
