@@ -143,6 +143,26 @@ class Relative(Separate):
         return super().forward(x, self.table(at[:, None] - at[None] + 4).permute(2, 0, 1)[None])
 
 
+class Llama(Separate):
+    "Rotated by position, with frequencies in a buffer; grouped queries, or not"
+    def __init__(self, kv=4, attn=fused):
+        super().__init__(kv=kv, attn=attn, count=False, bias=False)
+        self.register_buffer('inv_freq', torch.tensor([1., .1]))
+        self.table = nn.Buffer(torch.rand(5, 4))
+
+    def forward(self, x):
+        at = torch.arange(x.shape[1]).float()
+        freq = (self.inv_freq[None, :, None]@at[None, None]).transpose(1, 2)
+        cos, sin = (f(torch.cat([freq, freq], -1))[:, None] for f in (torch.cos, torch.sin))
+        heads = lambda y: y.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # noqa: E731
+        half = lambda y: torch.cat([-y[..., 2:], y[..., :2]], -1)  # noqa: E731
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        q, k = q*cos + half(q)*sin, k*cos + half(k)*sin
+        q = torch.cat([q[:, :, :1], q[:, :, 1:]*self.table[1:]], 2) # the first token is left as it is
+        k, v = (t[:, :, None].expand(-1, -1, self.groups, -1, -1).reshape(len(x), -1, *t.shape[2:]) for t in (k, v))
+        return self.o(self.attn(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
 class ViT(nn.Module):
     "Patches, a class token, positions, two blocks and a head"
     def __init__(self, attn=fused):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from attention_helpers import Bert, GPT2, NanoGPT, Packed, RMS, Relative, Separate, ViT, batches_of_heads, behead, by_hand, causal, einsum, fused, linear_attention, three_axes
+from attention_helpers import Llama, Bert, GPT2, NanoGPT, Packed, RMS, Relative, Separate, ViT, batches_of_heads, behead, by_hand, causal, einsum, fused, linear_attention, three_axes
 from torch import nn
 
 from fastsparse.compact import compact, dead_classes, rebuild, relative_difference
@@ -495,6 +495,7 @@ HEADS = {
     'RMSNorm, all by hand': lambda: Packed(norm=RMS, attn=by_hand), 'three Linears': lambda: Separate(), 'three Linears by hand': lambda: Separate(attn=by_hand),
     'number of heads found out': lambda: Separate(count=False), 'rotary': lambda: Separate(count=False, turn=True), 'rotary by hand': lambda: Separate(turn=True, attn=by_hand),
     'causal': lambda: Separate(is_causal=True), 'another scale': lambda: Separate(scale=.3), 'BERT': lambda: Bert(),
+    'Llama': lambda: Llama(), 'Llama by hand': lambda: Llama(attn=by_hand),
     'relative positions': lambda: Relative(),
 }
 
@@ -513,7 +514,7 @@ def test_heads_are_cut(name):
     before = copy.deepcopy(c.model.state_dict())
     c.model(x).square().sum().backward()
     opt.step()
-    assert not any(torch.equal(v, before[n]) for n, v in c.model.state_dict().items() if v.dim() == 2)
+    assert not any(torch.equal(v, before[n]) for n, v in c.model.named_parameters() if v.dim() == 2)
     new = rebuild(HEADS[name](), c.shapes)
     new.load_state_dict(c.model.state_dict())
     assert torch.equal(new.eval()(x), c.model.eval()(x))
@@ -524,6 +525,8 @@ def test_a_group_of_queries_goes_with_its_keys_and_values(attn, more):
     m = Separate(heads=6, kv=3, attn=attn, **more)
     c = check(behead(m, 1), tokens)
     assert [c.shapes[f'{n}.weight'] for n in 'qkvo'] == [(16, 16), (8, 16), (8, 16), (16, 16)] and not c.notes
+    c = check(behead(Llama(kv=2, attn=attn), 1), tokens)
+    assert [c.shapes[f'{n}.weight'] for n in 'qkvo'] == [(8, 16), (4, 16), (4, 16), (16, 8)] and not c.notes
     m = Separate(heads=6, kv=3, attn=attn, **more)
     with torch.no_grad(): m.o.weight[:, :4] = 0 # one of the queries of a group
     check(m, tokens, shrinks=False)
