@@ -8,8 +8,10 @@ Docs: https://fastsparse.github.io/fastsparse/compact.html.md"""
 __all__ = ['dead_classes', 'cut', 'merge_constants', 'relative_difference', 'TensorChange', 'Compacted', 'compact', 'rebuild']
 
 # %% ../nbs/10a_compact.ipynb #7927e276
-import copy, html, math
-from dataclasses import dataclass
+import copy, html, math, re
+from dataclasses import dataclass, field
+from itertools import chain, combinations, islice
+from os.path import commonprefix
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -174,6 +176,49 @@ class _Judge:
         self.worst = worst
 
 # %% ../nbs/10a_compact.ipynb #1d2e1b01
+_head_counts = re.compile(r'(^|_)n?heads?(_|$)|^h$')
+_sizes = re.compile(r'size|dim|width|inner|hidden|channels|features|embd|model|^nf$|^c$')
+_other_sizes = re.compile(r'head_(size|dim)|dim_head|group|window|patch|image|img|block|vocab|kernel|input|(^|_)(in|seq|max)_')
+
+def _numbers(m): # attributes that may be numbers of channels; layers of torch have theirs set by `_resize`
+    if type(m).__module__.startswith('torch.nn.'): return {}
+    return {k: v for k,v in vars(m).items() if type(v) is int}
+
+def _kind(name): # of an attribute: a number of heads, a size, or neither
+    name = name.lower()
+    if name == 'all_head_size': return 'size'
+    if _other_sizes.search(name): return None
+    return 'size' if _sizes.search(name) else 'heads' if _head_counts.search(name) else None
+
+def _around(names): # the module that holds all these tensors
+    return '.'.join(commonprefix([n.split('.')[:-1] for n in names]))
+
+def _head_attributes(model, f, axes, gone): # what may be set anew where heads are cut out of these axes: its key, and value
+    sizes = {len(f.axes[at]): sum(c not in gone for c in f.axes[at].tolist()) for at in axes}
+    root,found = _around([n for n,_ in axes]),{}
+    if len({new/old for old,new in sizes.items()}) > 1: return found
+    old,new = next(iter(sizes.items()))
+    for name,m in model.named_modules():
+        if name != root and not name.startswith(root + '.' if root else ''): continue
+        for k,v in _numbers(m).items():
+            at = f'{name}.{k}' if name else k
+            if _kind(k) == 'heads' and v and v*new % old == 0: found[at] = '',v*new//old
+            if _kind(k) == 'size' and v in sizes: found[at] = at[len(root):].lstrip('.'),sizes[v]
+    return found
+
+def _choices(found, most=24): # parts of what was found, the smallest first; what is called the same goes together
+    sizes = list(dict.fromkeys(key for key,_ in found.values() if key))
+    some = chain.from_iterable(combinations(sizes, n) for n in range(len(sizes) + 1))
+    for keys in dict.fromkeys([*islice(some, most), tuple(sizes)]):
+        part = {at: v for at,(key,v) in found.items() if key in ('', *keys)}
+        if part: yield part
+
+def _set_numbers(model, numbers): # numbers: {name of an attribute: value}
+    for at,v in numbers.items():
+        owner,_,k = at.rpartition('.')
+        vars(model.get_submodule(owner))[k] = v
+
+# %% ../nbs/10a_compact.ipynb #5b05d72c
 def _units(f, gone): # classes that touch the same axes go or stay together
     touched = {c: [] for c in gone}
     for key,classes in f.axes.items():
@@ -186,18 +231,28 @@ class _Search:
     "As much of a cut as leaves the outputs as they are"
     def __init__(self, model, f, judge, tries=24):
         self.model,self.f,self.judge,self.tries = model,f,judge,tries
-        self.small,self.gone,self.refused = None,set(),{}
+        self.small,self.gone,self.refused,self.numbers = None,set(),{},{}
 
     def cut(self, units): # units: {axes: classes}
         if not units: return
         self.tries -= 1
         gone = self.gone.union(*units.values())
-        small = cut(self.model, self.f, gone)
-        why = self.judge(small) if self.tries >= 0 else 'not tried, after many others that failed'
-        if why is None: self.small,self.gone = small,gone
+        why = 'not tried, after many others that failed' if self.tries < 0 else self.attempt(units, gone)
+        if why is None: self.gone = gone
         elif len(units) == 1 or self.tries < 0: self.refused.update(dict.fromkeys(units, why))
         else:
             for part in self.halves(units): self.cut(part)
+
+    def attempt(self, units, gone): # with the model as it is, else with numbers that its modules have written down
+        found,reasons = {},[]
+        for axes,classes in units.items():
+            if classes & self.f.heads: found |= _head_attributes(self.model, self.f, axes, gone)
+        for numbers in [{}, *_choices(found)]:
+            small = cut(self.model, self.f, gone)
+            _set_numbers(small, self.numbers | numbers)
+            reasons.append(self.judge(small))
+            if reasons[-1] is None: self.small,self.numbers = small,self.numbers | numbers; return
+        return reasons[0]
 
     def halves(self, units):
         suspect = [u for u,classes in units.items() if classes & self.f.suspects]
@@ -225,11 +280,12 @@ class Compacted:
     macs:tuple[int,int] # Multiply-adds on the example, before and after
     difference:float # Largest difference of outputs, by what rounding may do in their dtype
     notes:tuple[str,...]=() # What was left whole, and why
+    numbers:dict[str,int]=field(default_factory=dict) # Attributes of modules that were set anew, such as numbers of heads
 
     @property
-    def shapes(self) -> dict[str,tuple[int,...]]:
-        "All that `rebuild` needs beside a `state_dict()`: the shape of each tensor"
-        return {n: tuple(t.shape) for n,t in named_tensors(self.model).items()}
+    def shapes(self) -> dict[str,tuple[int,...]|int]:
+        "All that `rebuild` needs beside a `state_dict()`: the shape of each tensor, and the numbers that were set anew"
+        return {n: tuple(t.shape) for n,t in named_tensors(self.model).items()} | self.numbers
 
     _columns = ('tensor','before','after','zero outputs left')
 
@@ -242,7 +298,8 @@ class Compacted:
     def _footer(self):
         fewer = lambda a,b: f', {a/b:.2f} times fewer' if b and b < a else ''
         line = lambda what,a,b: f'{what} {a:,} before, {b:,} after{fewer(a, b)}.'
-        return [line('Weights', *self.weights), line('Multiply-adds on the example', *self.macs), *self.notes]
+        anew = [f'Set anew: {", ".join(f"{k} = {v}" for k,v in self.numbers.items())}.'] if self.numbers else []
+        return [line('Weights', *self.weights), line('Multiply-adds on the example', *self.macs), *anew, *self.notes]
 
     def __str__(self):
         rows = [self._columns, *self._rows()]
@@ -321,7 +378,7 @@ def compact(
     model,example = unwrap(model),plain(example_input)
     f = first = flow(model, example)
     _check_whole(model)
-    judge,small,refused = _Judge(model, example),model,{}
+    judge,small,refused,numbers = _Judge(model, example),model,{},{}
     for _ in range(8):
         merged = merge_constants(small, f)
         if merged is not None and judge(merged) is None: small = merged; f = flow(small, example)
@@ -330,26 +387,29 @@ def compact(
         search.cut(units)
         refused |= search.refused
         if search.small is None: break
-        small = search.small
+        small,numbers = search.small,numbers | search.numbers
         f = flow(small, example)
     kept = _kept_from_forward(model, example)
     changes,own = tuple(_changes(model, small, f, refused)),_own(_twin(small, {}), model, kept)
     weights = tuple(sum(p.numel() for p in m.parameters()) for m in (model, own))
-    return Compacted(own, changes, weights, (first.macs(), f.macs()), judge.worst, tuple(_notes(refused)))
+    return Compacted(own, changes, weights, (first.macs(), f.macs()), judge.worst, tuple(_notes(refused)),
+                     numbers)
 
 # %% ../nbs/10a_compact.ipynb #b01eacfb
 def rebuild(
     model:nn.Module, # Built as the original was; changed in place
-    shapes:dict[str,tuple[int,...]], # Of a compacted model, `compact(...).shapes`
+    shapes:dict[str,tuple[int,...]|int], # Of a compacted model, `compact(...).shapes`
 ) -> nn.Module: # The model, to load the `state_dict()` of the compacted one into
     "Give the tensors of `model` the shapes of a compacted model"
-    named = named_tensors(model)
-    if set(shapes) != set(named):
-        raise ValueError(f"the shapes are of another model: missing {sorted(set(named)-set(shapes))[:5]}, "
-                         f"too many {sorted(set(shapes)-set(named))[:5]}")
+    named,given = named_tensors(model),set(shapes)
+    there = {f'{name}.{k}' if name else k for name,m in model.named_modules() for k in _numbers(m)} | set(named)
+    if not set(named) <= given <= there:
+        raise ValueError(f"the shapes are of another model: missing {sorted(set(named)-given)[:5]}, "
+                         f"too many {sorted(given-there)[:5]}")
     new = {id(t): _like(t, t.new_zeros(shapes[n])) for n,t in named.items() if tuple(t.shape) != tuple(shapes[n])}
     for m in model.modules():
         changed = [(store, k) for store in (m._parameters, m._buffers) for k,t in store.items() if id(t) in new]
         for store,k in changed: store[k] = new[id(store[k])]
         if changed: _resize(m)
+    _set_numbers(model, {at: shapes[at] for at in given - set(named)})
     return model

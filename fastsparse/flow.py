@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from . import rules # noqa: F401 (they register themselves)
 from .labels import Contraction, Read, Reader, components, varying
-from .watch import watch
+from .watch import unwrap, watch
 
 # %% ../nbs/06d_flow.ipynb #305896b8
 @dataclass(eq=False)
@@ -28,6 +28,7 @@ class Flow:
     contractions:list[Contraction] # Convolutions and products, labels are classes
     shapes:dict[str,tuple[int,...]] # Of each parameter
     suspects:frozenset=frozenset() # Classes of axes that were cut into pieces, of sizes that may be written in the code
+    heads:frozenset=frozenset() # Classes that are heads of an attention
 
     def outputs(self,
         name:str, # Of a parameter or buffer
@@ -101,6 +102,15 @@ def _settle(reader): # joined labels, with what is left of a split axis a block 
         root = components(reader.n, torch.cat(reader.edges[before:], 1), root)
     return root
 
+# %% ../nbs/06d_flow.ipynb #97602245
+def _torch_heads(model, reader): # pins of heads that cannot go
+    for name,m in unwrap(model).named_modules():
+        if not isinstance(m, nn.MultiheadAttention): continue
+        why = f"{name or 'the model'} is an nn.MultiheadAttention, whose heads are together as wide as its input"
+        for w in ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight'):
+            key = (f'{name}.{w}' if name else w, 0)
+            if key in reader.slots: yield reader.slots[key],why
+
 def flow(
     model:nn.Module, # Any model that runs on the example
     example_input, # What it takes: a tensor, a tuple of arguments, or a dict; a few samples suffice
@@ -111,12 +121,12 @@ def flow(
         reader = Reader(rec)
         root = _settle(reader)
         pinned = {}
-        for ids,why in reader.pins:
+        for ids,why in [*_torch_heads(model, reader), *reader.pins]:
             for c in root[ids].unique().tolist(): pinned.setdefault(c, why)
         named = lambda L: None if L is None else root[L]
+        some = lambda labels: frozenset(c for L in labels for c in root[L].unique().tolist())
         reads = [Read(r.where, root[r.labels], r.live, r.known, r.weight) for r in reader.reads]
         contractions = [Contraction(c.where, c.macs, named(c.reads), named(c.gives)) for c in reader.contractions]
-        suspects = frozenset(c for L in reader.suspects for c in root[L].unique().tolist())
         axes,returned = {k: root[ids] for k,ids in reader.slots.items()},frozenset(root[reader.returned].tolist())
         shapes = {n: v.shape for n,v in rec.named.items() if isinstance(v.tensor, nn.Parameter)}
-        return Flow(axes, pinned, returned, reads, contractions, shapes, suspects)
+        return Flow(axes, pinned, returned, reads, contractions, shapes, some(reader.suspects), some(reader.heads))

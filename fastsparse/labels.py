@@ -107,7 +107,9 @@ class Reader:
     ):
         self.info,self.at,self.stale = {},{},set()
         self.slots,self.n = {},1 # labels of the axes of parameters and buffers
+        self.learned = {name for name,v in rec.named.items() if isinstance(v.tensor, torch.nn.Parameter)}
         self.edges,self.pins,self.splits,self.suspects,self.reads,self.contractions = [],[],[],[],[],[]
+        self.heads,self.fixed = [],1 # labels of the heads of an attention; the first label of a buffer
         self.parameter = {v.memory: name for name,v in rec.named.items()}
         for name,v in rec.named.items(): self._name(name, v)
         for op in rec.ops: self.step(op)
@@ -126,6 +128,7 @@ class Reader:
             if s < 2: continue
             self.slots[name,d] = ids = torch.arange(self.n, self.n + s)
             self.n += s
+            if name in self.learned: self.fixed = self.n # labels from here on are those of buffers
             labels.append(ids.view([-1 if k == d else 1 for k in range(v.ndim)]))
         t = v.tensor.detach()
         readable = t.is_floating_point() and t.layout is torch.strided
@@ -198,6 +201,11 @@ def overlap(
 @patch
 def meet(self:Reader, a, b, why): # two labels at the same places
     common = overlap(a, b)
+    for x,table in ((a, b), (b, a)):
+        more = set(varying(x)) > common == set(varying(table))
+        if more and bool((table[table != 0] >= self.fixed).all()): # the same numbers for all along the other axes
+            self.pin(table, why)
+            return self.couple(x, common, why)
     a,b = (self.couple(L, [d for d in varying(L) if d not in common], why) for L in (a, b))
     self.join(a, b, why)
     return a
@@ -208,11 +216,15 @@ def merge(self:Reader, operands, ndim, why): # operands: pairs of labels and sha
     lifted,merged = [[lift(L, ndim) for L in labels] for labels,_ in operands],[]
     for i,L in ((i, L) for i,labels in enumerate(lifted) for L in labels):
         for j,(size,others) in enumerate(zip(sizes, lifted)):
-            bare = any(size[d] > 1 and not any(o.shape[d] > 1 for o in others) for d in varying(L))
-            if j != i and bare: self.pin(L, f'{why}, beside numbers that have no channels')
+            bare = [d for d in varying(L) if size[d] > 1 and not any(o.shape[d] > 1 for o in others)]
+            if j == i or not bare: continue
+            if bare == varying(L): self.pin(L, f'{why}, beside numbers that have no channels')
+            else: L = self.couple(L, bare, why) # what lies along other axes goes as a whole
         near = [m for m in merged if overlap(m, L)]
         merged = [m for m in merged if not overlap(m, L)]
-        for m in near: L = self.meet(L, m, why)
+        for m in near:
+            if overlap(m, L): L = self.meet(L, m, why)
+            else: merged.append(m)
         merged.append(L)
     return merged
 

@@ -75,11 +75,12 @@ def _roll(self, op):
     return _only_beside(self, op, x, [d % x.ndim for d in dims])
 
 def _only_beside(self, op, x, dims): # what is done along `dims` changes nothing along the others
-    for L in self.labels(x):
-        if any(L.shape[d] > 1 for d in dims): self.pin(L, reason(op))
-    beside = lambda t: all(t.shape[d] == 1 for d in dims)
-    K = self.known(x)
-    return Info(list(filter(beside, self.labels(x))), K if beside(K) else unknown(x.ndim))
+    beside,K = lambda t: all(t.shape[d] == 1 for d in dims),self.known(x)
+    two = lambda L: not set(varying(L)) <= set(dims)
+    labels = [self.couple(L, dims, reason(op)) if two(L) else L for L in self.labels(x)]
+    for L in labels:
+        if not beside(L): self.pin(L, reason(op))
+    return Info(list(filter(beside, labels)), K if beside(K) else unknown(x.ndim))
 
 # %% ../nbs/06c_rules.ipynb #78502ed9
 @flow_rule('constant_pad_nd', *(f'{kind}_pad{d}d' for kind in ('reflection', 'replication') for d in (1,2,3)))
@@ -208,11 +209,21 @@ def contract(self:Reader, op, w, lx, lw, live, known):
     self.reads.append(Read(op.where, lw, live, known, weight))
 
 # %% ../nbs/06c_rules.ipynb #185f7ec0
+@patch
+def batched(self:Reader, a, b, why): # channels along the batch of both stay whole along what is summed over
+    first = [next((L for L in self.labels(v) if L.shape[0] > 1), None) for v in (a, b)]
+    along = [next((L for L in self.labels(v) if L.shape[d] > 1), None) for v,d in ((a, 2), (b, 1))]
+    if any(f is None or not (c is None or c is f) for f,c in zip(first, along)): return
+    for v,d,f in zip((a, b), (2, 1), first):
+        labels = [self.couple(L, [d], why) if L is f else L for L in self.labels(v)]
+        self.info[v] = Info(labels, self.known(v))
+
 @flow_rule('mm', 'addmm', 'bmm', 'baddbmm')
 def _matmul(self, op):
     bias,a,b = (None, *op.args) if len(op.args) == 2 else op.args[:3]
     if len(op.args) > 2 and (op.get('beta'), op.get('alpha')) != (1, 1): raise NoRule
     n,k = a.ndim,a.shape[-1]
+    if n == 3: self.batched(a, b, reason(op))
     (la,ra),(lb,rb) = self.axis(a, n-1, reason(op)),self.axis(b, n-2, reason(op))
     na,nb = self.known(a) != 0,self.known(b) != 0 # False only where it is known to be 0
     in_a,in_b = _any(na, n-1, k),_any(nb, n-2, k)
@@ -225,7 +236,8 @@ def _matmul(self, op):
     operands = [(ra, (*a.shape[:-1], 1)), (rb, (*b.shape[:-2], 1, b.shape[-1]))]
     if bias: operands.append((self.labels(bias), bias.shape)); K = K + lift(self.known(bias), n)
     out = self.merge(operands, n, reason(op))
-    gives = next((L.reshape(-1) for L in out if varying(L) == [n-1]), None)
+    gives = next((L.reshape(-1) for L in out if varying(L) in ([n-1], [0])), None)
+    if n == 3: self.heads += [L for L in out if varying(L) == [0]]
     self.contractions.append(Contraction(op.where, math.prod(op.outs[0].shape)*k, la if la is not None else lb, gives))
     return Info(out, alike(K))
 
@@ -315,9 +327,11 @@ def _batch_norm(self, op):
 @flow_rule('native_layer_norm', '_fused_rms_norm', 'rms_norm')
 def _layer_norm(self, op):
     x,k = op.args[0],len(op.args[1])
-    self.merge([(self.labels(p), p.shape) for p in op.ins], x.ndim, reason(op))
+    dims = range(x.ndim-k, x.ndim)
+    mixed = [L for L in self.labels(x) if set(varying(L)) <= set(dims)]
+    self.merge([(mixed, x.shape), *((self.labels(p), p.shape) for p in op.ins[1:])], x.ndim, reason(op))
     self.forget(op.ins[1:], f'{reason(op)} needs all its channels')
-    return [_only_beside(self, op, x, range(x.ndim-k, x.ndim))]
+    return [_only_beside(self, op, x, dims)]
 
 @flow_rule('native_group_norm')
 def _group_norm(self, op):
@@ -343,8 +357,8 @@ def _pool(self, op):
 
 # %% ../nbs/06c_rules.ipynb #3b1543be
 @flow_rule('sum', 'mean', 'amax', 'amin', 'prod', 'any', 'all', 'var', 'std', 'var_mean', 'norm', 'linalg_vector_norm',
-           'logsumexp', 'argmax', 'argmin', 'max', 'min', 'median', '_softmax', '_log_softmax', 'cumsum', 'cumprod',
-           'sort')
+           'logsumexp', 'argmax', 'argmin', 'max', 'min', 'median', '_softmax', '_log_softmax', '_safe_softmax',
+           'cumsum', 'cumprod', 'sort')
 def _reduce(self, op):
     x,dims = op.args[0],op.get('dim')
     if op.name in ('max','min') and len(op.ins) > 1: return _pointwise(self, op)
@@ -368,3 +382,42 @@ def _sum(self, op, x, dims): # a product with ones
         else: self.reads.append(Read(op.where, L.reshape(-1), _any(K != 0, d, x.shape[d]), self.along(x, d), None))
     known = torch.where(K == 0, K, nan) if beside(K) else unknown(x.ndim)
     return Info(list(filter(beside, self.labels(x))), known)
+
+# %% ../nbs/06c_rules.ipynb #af46448b
+_kinds = 'flash_attention_for_cpu flash_attention efficient_attention cudnn_attention fused_attention_overrideable attention_math'
+
+@patch
+def by_head(self:Reader, op, x): # labels of the heads of one operand, for each head of the output; and what else it has
+    H,why,heads,rest = op.outs[0].shape[1],reason(op),[],[]
+    for L in self.labels(x):
+        if L.shape[0] > 1 or L.shape[2] > 1: self.pin(L, f'{why} has them for samples or tokens')
+        elif L.shape[1] == 1: rest.append(L)
+        else:
+            L = torch.where(L == 0, L.amax(3, keepdim=True), L) # a width that is padded
+            heads.append(self.couple(L, [3], why).repeat_interleave(H//L.shape[1], 1))
+    return heads,rest
+
+@flow_rule(*(f'_scaled_dot_product_{kind}' for kind in _kinds.split()))
+def _attention(self, op):
+    (q,k,v),o,why = op.args[:3],op.outs[0],reason(op)
+    mask,H = op.get('attn_mask', op.get('attn_bias')),o.shape[1]
+    if o.ndim != 4 or any(H % x.shape[1] for x in (q, k, v)): raise NoRule
+    size = lambda x: (1, H if x.shape[1] > 1 else 1, 1, 1)
+    (hq,wq),(hk,wk),(hv,wv) = (self.by_head(op, x) for x in (q, k, v))
+    operands = [(hq, size(q)), (hk, size(k)), (hv, size(v))]
+    if mask is not None: operands.append(self.masking(op, mask))
+    out = self.merge(operands, 4, why)
+    self.heads += out
+    for L in wq + wk + (wv if out else []): self.pin(L, f'{why} needs the whole width of a head')
+    zero = (self.known(v) == 0).all(2, keepdim=True)
+    if zero.shape[1] > 1: zero = zero.repeat_interleave(H//zero.shape[1], 1)
+    gives = out[0].reshape(-1) if out else None
+    self.contractions.append(Contraction(op.where, math.prod(o.shape[:3])*k.shape[2]*(k.shape[3] + v.shape[3]), None, gives))
+    return [Info(out or wv, alike(torch.where(zero, 0., nan)))]
+
+@patch
+def masking(self:Reader, op, mask): # what a mask has along heads, and its shape there
+    labels,shape = [lift(L, 4) for L in self.labels(mask)],(1,)*(4-mask.ndim) + tuple(mask.shape)
+    for L in labels:
+        if set(varying(L)) - {1}: self.pin(L, f'{reason(op)} has them for samples or tokens')
+    return [L for L in labels if varying(L) == [1]],(1, shape[1], 1, 1)

@@ -217,6 +217,16 @@ def _linear(self, op):
     if out.any(): self.speaks.update(op.outs)
     return self.followed(out.view([1]*(x.ndim-1) + [-1]), [b] if b else [])
 
+# %% ../nbs/06e_silence.ipynb #a66a75e2
+@_silence_rule(*(f'_scaled_dot_product_{kind}' for kind in rules._kinds.split()))
+def _attention(self, op):
+    v,o = op.args[2],op.outs[0]
+    self.ban(*(i for i in op.ins if i is not v))
+    c = self.cond(v)
+    if v in self.speaks: self.speaks.add(o)
+    if o.ndim != 4 or c.shape[2] > 1: raise NoRule
+    return [c if c.shape[1] == 1 else c.repeat_interleave(o.shape[1]//c.shape[1], 1)]
+
 # %% ../nbs/06e_silence.ipynb #a9bbe7b1
 def _normed(self, op, x, own, shape): # own: what has to follow
     cx = self.cond(x)
@@ -283,7 +293,7 @@ def borrowed(self:Silence, op): # a rule for labels that is right for conditions
 @patch
 def apply(self:Silence, op): # in the place of the rules for labels
     rule,self.where = _silent.get(op.name) or self.borrowed(op),op.where
-    passes = rule not in (_conv, _matmul, _linear) and any(v in self.speaks for v in op.ins)
+    passes = rule not in (_conv, _matmul, _linear, _attention) and any(v in self.speaks for v in op.ins)
     if passes: self.speaks.update(op.outs or op.writes)
     try:
         if rule is None: raise NoRule

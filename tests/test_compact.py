@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from attention_helpers import Llama, Bert, GPT2, NanoGPT, Packed, RMS, Relative, Separate, ViT, batches_of_heads, behead, by_hand, causal, einsum, fused, linear_attention, three_axes
 from torch import nn
 
 from fastsparse.compact import compact, dead_classes, rebuild, relative_difference
@@ -482,3 +483,165 @@ def test_compact_of_a_learner_with_plain_loaders_takes_nothing_from_the_random_s
     assert torch.equal(states[0], after[0]) and states[1:] == after[1:]
     assert sum(p.numel() for p in learn.model.parameters()) < 1000 and result.model is learn.model
     assert learn.validate()[0] == pytest.approx(before[0], rel=1e-4)
+
+
+tokens = torch.randn(2, 5, 16)
+HEADS = {
+    'one Linear': lambda: Packed(), 'one Linear without bias': lambda: Packed(bias=False), 'by hand': lambda: Packed(attn=by_hand),
+    'einsum': lambda: Packed(attn=einsum), 'causal by hand': lambda: Packed(attn=causal), 'samples and heads on one axis': lambda: Packed(attn=batches_of_heads),
+    'three axes': lambda: Packed(attn=three_axes), 'linear attention': lambda: Packed(attn=linear_attention),
+    'width found out': lambda: Packed(out='free'), 'width called dim': lambda: Packed(d=12, out='width'), 'dropout': lambda: Packed(drop=.5),
+    'LayerNorm of queries': lambda: Packed(norm=nn.LayerNorm), 'RMSNorm of queries': lambda: Packed(norm=nn.RMSNorm), 'RMSNorm by hand': lambda: Packed(norm=RMS),
+    'RMSNorm, all by hand': lambda: Packed(norm=RMS, attn=by_hand), 'three Linears': lambda: Separate(), 'three Linears by hand': lambda: Separate(attn=by_hand),
+    'number of heads found out': lambda: Separate(count=False), 'rotary': lambda: Separate(count=False, turn=True), 'rotary by hand': lambda: Separate(turn=True, attn=by_hand),
+    'causal': lambda: Separate(is_causal=True), 'another scale': lambda: Separate(scale=.3), 'BERT': lambda: Bert(),
+    'Llama': lambda: Llama(), 'Llama by hand': lambda: Llama(attn=by_hand),
+    'relative positions': lambda: Relative(),
+}
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_heads_are_cut(name):
+    m = HEADS[name]()
+    x = torch.randn(2, 5, 12) if name == 'width called dim' else tokens
+    behead(m, 1)
+    c = check(m, x)
+    lost = sum(4*layer.in_features + (0 if layer.bias is None else 4) for layer, *_ in m.rows()) + 4*x.shape[-1] + (9 if 'relative' in name else 0)
+    assert c.weights[0] - c.weights[1] == lost and not c.notes, c
+    c = check(behead(m, 3), x)
+    assert c.weights[0] - c.weights[1] == 2*lost and not c.notes, c
+    opt = torch.optim.SGD(c.model.train().parameters(), lr=.1)
+    before = copy.deepcopy(c.model.state_dict())
+    c.model(x).square().sum().backward()
+    opt.step()
+    assert not any(torch.equal(v, before[n]) for n, v in c.model.named_parameters() if v.dim() == 2)
+    new = rebuild(HEADS[name](), c.shapes)
+    new.load_state_dict(c.model.state_dict())
+    assert torch.equal(new.eval()(x), c.model.eval()(x))
+
+
+@pytest.mark.parametrize('attn, more', [(fused, {}), (by_hand, {}), (by_hand, {'turn': True}), (fused, {'repeat': False}), (fused, {'count': False})])
+def test_a_group_of_queries_goes_with_its_keys_and_values(attn, more):
+    m = Separate(heads=6, kv=3, attn=attn, **more)
+    c = check(behead(m, 1), tokens)
+    assert [c.shapes[f'{n}.weight'] for n in 'qkvo'] == [(16, 16), (8, 16), (8, 16), (16, 16)] and not c.notes
+    c = check(behead(Llama(kv=2, attn=attn), 1), tokens)
+    assert [c.shapes[f'{n}.weight'] for n in 'qkvo'] == [(8, 16), (4, 16), (4, 16), (16, 8)] and not c.notes
+    m = Separate(heads=6, kv=3, attn=attn, **more)
+    with torch.no_grad(): m.o.weight[:, :4] = 0 # one of the queries of a group
+    check(m, tokens, shrinks=False)
+
+
+def test_one_head_of_keys_for_all_queries():
+    m = Separate(kv=1, repeat=False)
+    with torch.no_grad(): m.o.weight[:, 4:8] = 0
+    c = check(m, tokens)
+    assert [c.shapes[f'{n}.weight'] for n in 'qkvo'] == [(12, 16), (4, 16), (4, 16), (16, 12)]
+    for m in (Separate(kv=1), Separate(kv=1, attn=by_hand), Separate(kv=1, attn=by_hand, turn=True)):
+        with torch.no_grad(): m.o.weight[:, 4:8] = 0
+        check(m, tokens, shrinks=False)
+        check(halve(m.v) and m, tokens, shrinks=None)
+
+
+@pytest.mark.parametrize('attn', [fused, by_hand])
+def test_what_makes_a_head_dead(attn):
+    rows = lambda m: check(m, tokens, shrinks=None).shapes['q.weight'][0]  # noqa: E731
+    zero = lambda m, *parts: [p[:4].zero_() for n in parts for p in getattr(m, n).parameters()]  # noqa: E731
+    with torch.no_grad():
+        m = Separate(attn=attn)
+        zero(m, 'q', 'k')
+        assert rows(m) == 16 # it puts out the mean of its values
+        zero(m, 'v')
+        assert rows(m) == 12
+        m = Separate(attn=attn)
+        zero(m, 'v')
+        assert rows(m) == 12 # whatever its queries and keys are
+        m.v.bias[1] = 1
+        assert rows(m) == 16
+        m.o.weight[:, :4] = 0
+        assert rows(m) == 12 # whatever its values are
+        m = Separate(attn=attn)
+        for n in 'qkv': zero(m, n)
+        m.q.weight[4:8, :], m.v.weight[8:11], m.v.bias[8:11] = 0, 0, 0 # a part of a head
+        assert rows(m) == 12
+
+
+@pytest.mark.parametrize('attn', [fused, by_hand])
+@pytest.mark.parametrize('mask, cut', [(torch.randn(5, 5), True), (torch.randn(2, 1, 5, 5), True), (torch.randn(2, 4, 5, 5), False), (torch.randn(4, 1, 1), False)])
+def test_masks(attn, mask, cut):
+    c = check(behead(Separate(attn=attn), 1), (tokens, mask), shrinks=cut)
+    assert cut or not c.notes
+
+
+@pytest.mark.parametrize('make', [NanoGPT, lambda: Packed(out='input')])
+def test_heads_of_a_forward_that_takes_their_width_from_the_input_stay_whole(make):
+    m = nn.Sequential(behead(make(), 1), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    halve(m[1])
+    c = check(m, tokens)
+    assert c.shapes['1.weight'] == (4, 16) and c.weights[0] - c.weights[1] == 4*16 + 4 + 4*3
+    assert any('Left whole: 0.' in n and 'fails' in n for n in c.notes) and not c.numbers
+
+
+def test_heads_of_gpt2():
+    m = GPT2()
+    with torch.no_grad():
+        for i in range(3): m.c_attn.weight[:, 16*i+4:16*i+8], m.c_attn.bias[16*i+4:16*i+8] = 0, 0
+    c = check(m, tokens)
+    assert c.shapes['c_attn.weight'] == (16, 36) and c.shapes['c_proj.weight'] == (12, 16) and not c.notes
+    assert c.numbers['split_size'] == 12 and c.numbers['c_attn.nf'] == 36 and 'c_proj.nf' not in c.numbers
+
+
+def test_heads_of_torch_stay_and_the_rest_is_cut():
+    m = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False).eval()
+    for layer in m.layers:
+        halve(layer.linear1)
+        with torch.no_grad(): layer.self_attn.in_proj_weight[32:40], layer.self_attn.in_proj_bias[32:40] = 0, 0
+    c = check(m, tokens)
+    assert c.shapes['layers.1.linear1.weight'] == (16, 16) and c.shapes['layers.1.self_attn.in_proj_weight'] == (48, 16)
+    why = [t.why for t in c.tensors if 'in_proj' in t.name]
+    assert why == [f'layers.{i}.self_attn is an nn.MultiheadAttention, whose heads are together as wide as its input' for i in range(2)]
+    assert not c.notes
+    m = nn.MultiheadAttention(16, 4, kdim=6, vdim=6, batch_first=True)
+    with torch.no_grad(): m.v_proj_weight[:4], m.in_proj_bias[32:36] = 0, 0
+    x = (tokens, torch.randn(2, 3, 6), torch.randn(2, 3, 6))
+    assert compact(m, x).shapes['v_proj_weight'] == (16, 6) and 'is an nn.Multi' in flow(m, x).why('v_proj_weight')
+
+
+@pytest.mark.parametrize('attn', [fused, by_hand])
+def test_a_vision_transformer_loses_heads_in_each_block_and_is_rebuilt(attn):
+    m, x = ViT(attn), torch.randn(2, 3, 8, 8)
+    behead(m.blocks[0].attn, 0, 3)
+    behead(m.blocks[1].attn, 2)
+    for b in m.blocks: halve(b.mlp[0])
+    c = check(m, x)
+    a, b = c.model.blocks
+    assert (a.attn.num_heads, a.attn.attn_dim, b.attn.num_heads, b.attn.attn_dim) == (2, 8, 3, 12)
+    assert (a.attn.window_size, a.attn.head_dim, a.attn.dim, m.blocks[0].attn.num_heads) == (16, 4, 16, 4)
+    assert c.shapes['blocks.0.attn.qkv.weight'] == (24, 16) and c.shapes['blocks.1.attn.proj.weight'] == (16, 12) and c.shapes['blocks.1.mlp.0.weight'] == (16, 16)
+    assert 'blocks.0.attn.num_heads = 2' in str(c) and not c.notes
+    f = io.BytesIO()
+    torch.save({'shapes': c.shapes, 'model': c.model.state_dict()}, f)
+    f.seek(0)
+    saved = torch.load(f, weights_only=True)
+    new = rebuild(ViT(attn), saved['shapes'])
+    new.load_state_dict(saved['model'])
+    assert torch.equal(new.eval()(x), c.model.eval()(x))
+    with pytest.raises(ValueError, match="another model.*too many .'blocks.0.attn.heads'"): rebuild(ViT(attn), c.shapes | {'blocks.0.attn.heads': 2})
+    again = compact(c.model, x)
+    assert again.shapes == {n: s for n, s in c.shapes.items() if n not in c.numbers} and not again.numbers
+
+
+def test_all_heads_but_one_and_a_head_of_which_all_is_zero():
+    m = behead(Packed(), 0, 1, 2, 3)
+    c = check(m, tokens)
+    assert c.shapes['proj.weight'] == (16, 4) and c.model.num_heads == 1
+
+
+def test_one_head_loses_values():
+    m = Packed(d=4, heads=1)
+    with torch.no_grad(): m.qkv.weight[8:10], m.qkv.bias[8:10] = 0, 0
+    check(m, torch.randn(2, 5, 4), shrinks=False) # queries, keys and values are one tensor
+    m = Separate(heads=1, count=False)
+    with torch.no_grad(): m.v.weight[:2], m.v.bias[:2] = 0, 0
+    run = lambda o, x: o.o(fused(*(t(x)[:, None] for t in (o.q, o.k, o.v)))[:, 0])  # noqa: E731
+    assert check(Forward(run, q=m.q, k=m.k, v=m.v, o=m.o), tokens).shapes['o.weight'] == (16, 2)

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attention_helpers import Packed, behead, by_hand, fused
 from core_helpers import bits
-from fastsparse.dependants import find_followers
+from fastsparse.compact import compact
+from fastsparse.dependants import dependants, find_followers
 from fastsparse.granularity import output_groups
 from fastsparse.sparsifier import Sparsifier, SparsityWarning
 
@@ -618,3 +620,52 @@ def test_heads_that_only_training_uses_are_followed():
     model = Aux().eval()
     followed(model, torch.randn(2, 2, 3, 3), layers='aux')
     assert torch.equal(model.bn.weight == 0, dead(model.aux)) and not model.training
+
+
+class Behind(nn.Module):
+    "A norm right behind an attention, one channel after the other"
+    def __init__(self, attn):
+        super().__init__()
+        self.q, self.k, self.v, self.norm, self.o, self.attn = *(nn.Linear(8, 8) for _ in range(3)), nn.LayerNorm(8), nn.Linear(8, 2), attn
+
+    def forward(self, x):
+        q, k, v = (m(x).unflatten(-1, (4, 2)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        self.heads = self.attn(q, k, v).transpose(1, 2).flatten(2)
+        return self.o(self.norm(self.heads))
+
+
+@pytest.mark.parametrize('attn', [fused, by_hand])
+def test_behind_an_attention_the_values_alone_decide(attn):
+    m, x = Behind(attn), torch.randn(2, 5, 8)
+    for p in (m.norm.weight, m.norm.bias): nn.init.uniform_(p, .5, 1)
+    found = {f.name: f for f in dependants(m, {f'{n}.weight': getattr(m, n) for n in 'qkv'}, x).followers}
+    assert sorted(found) == ['k.bias', 'norm.bias', 'norm.weight', 'q.bias', 'v.bias'] and found['norm.bias'].targets == ['v.weight']
+    assert dependants(m, {'q.weight': m.q}, x).lost == [] and [f.name for f in dependants(m, {'q.weight': m.q}, x).followers] == ['q.bias']
+    s = Sparsifier(m, 'row', 'local', layers=[m.q, m.k, m.v], example_input=x)
+    s.prune_model(50)
+    gone = (m.v.weight == 0).all(1)
+    m(x)
+    out = m.norm(m.heads)
+    assert gone.sum() == 4 and (m.heads[..., gone] == 0).all() and (out[..., gone] == 0).all()
+    assert all(torch.equal((getattr(m, n).weight == 0).all(1), getattr(m, n).bias == 0) for n in 'qkv')
+
+
+def test_grouped_values_behind_an_attention():
+    def run(m, x):
+        q, k, v = m.q(x).unflatten(-1, (4, 2)).transpose(1, 2), *(t(x).unflatten(-1, (2, 2)).transpose(1, 2) for t in (m.k, m.v))
+        return m.o(m.norm(fused(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)))
+    m = Behind(None)
+    m.k, m.v, m.forward = nn.Linear(8, 4), nn.Linear(8, 4), lambda x: run(m, x)
+    found = {f.name: f for f in dependants(m, {'v.weight': m.v}, torch.randn(2, 5, 8)).followers}
+    alive = {'v.weight': torch.tensor([True, False, True, True])}
+    assert found['norm.bias'].mask(alive).tolist() == [True, False, True, False, True, True, True, True]
+
+
+def test_heads_that_are_pruned_whole_are_cut_to_nothing():
+    m, x = Packed(), torch.randn(2, 5, 16)
+    s = Sparsifier(m, 'row', 'local', layers=m.qkv, example_input=x)
+    behead(m, 0, 2)
+    s.prune_model(50) # the rows of two heads of four are zero already
+    assert (m.qkv.bias.view(3, 4, 4)[:, [0, 2]] == 0).all() and (m.qkv.bias.view(3, 4, 4)[:, [1, 3]] != 0).all()
+    small = compact(m, x)
+    assert small.shapes['qkv.weight'] == (24, 16) and small.model.num_heads == 2

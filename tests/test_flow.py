@@ -6,6 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_helpers import Llama, Packed, Separate, by_hand, fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -88,6 +89,47 @@ def test_heads():
     rows = f.axes['1.qkv.weight', 0].view(3, 2, 4)
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2]) and torch.equal(rows[0].flatten(), f.axes['1.out.weight', 1])
     assert one(f, ('0.weight', 0), ('1.qkv.weight', 1)) and not f.stays('0.weight').any()
+
+
+tokens = torch.randn(2, 5, 16)
+
+
+@pytest.mark.parametrize('attn', [fused, by_hand])
+def test_a_head_is_one_class_in_all_projections(attn):
+    f = flow(Packed(attn=attn), tokens)
+    rows = f.axes['qkv.weight', 0].view(3, 4, 4)
+    heads = rows[0, :, 0]
+    assert torch.equal(rows, heads[None, :, None].expand(3, 4, 4)) and len(heads.unique()) == 4 and set(heads.tolist()) <= f.heads
+    assert torch.equal(f.axes['proj.weight', 1], heads.repeat_interleave(4)) and not f.stays('qkv.weight').any()
+    assert [r.where for r in f.reads] == ['proj'] and set(f.alive()) == set(heads.tolist())
+    assert f.macs(set(heads.tolist()[:1])) == .75*f.macs()
+
+
+@pytest.mark.parametrize('attn', [fused, by_hand])
+def test_a_group_of_queries_is_one_class(attn):
+    for m in (Separate(heads=6, kv=3, attn=attn), Separate(heads=6, kv=3, repeat=False), Llama(kv=2, attn=attn)):
+        f = flow(m, tokens)
+        k = f.axes['k.weight', 0]
+        assert torch.equal(k, f.axes['v.weight', 0]) and len(k.unique()) == m.n_kv_heads and not f.stays('q.weight').any()
+        assert torch.equal(f.axes['q.weight', 0], k.view(-1, 4).repeat_interleave(m.groups, 0).flatten()) and one(f, ('q.weight', 0), ('o.weight', 1))
+
+
+@pytest.mark.parametrize('why, m, x', [
+    ('width of a head', Forward(lambda m, x: m.o(fused(*(t[:, None] for t in (m.q(x), m.k(x), x)))), q=nn.Linear(16, 16), k=nn.Linear(16, 16), o=nn.Linear(16, 2)), tokens),
+    ('beside numbers', Separate(), (tokens, torch.zeros(1, 4, 1, 1).expand(1, 4, 5, 5))),
+    ('samples or tokens', Forward(lambda m, x: fused(m.q[None], x, x), q=nn.Parameter(torch.randn(4, 3, 4))), torch.randn(1, 4, 5, 4))])
+def test_what_keeps_heads_is_named(why, m, x):
+    f = flow(m, x)
+    at = ('q', 1) if ('q', 1) in f.axes else ('q.weight', 0)
+    assert f.stays(*at).all() and why in f.why(*at), f.why(*at)
+
+
+def test_a_table_beside_heads_stays_and_a_norm_of_all_does_not():
+    f = flow(Llama(), tokens)
+    assert f.stays('inv_freq').all() and f.stays('table', 1).all() and not f.stays('q.weight').any()
+    m = Forward(lambda m, x: m.b(m.n(m.a(x).view(2, 4, 3, 3))), a=nn.Linear(6, 36), n=nn.BatchNorm2d(4), b=conv(4, 2))
+    f = flow(m, torch.randn(2, 6)) # here channels go, and places stay
+    assert torch.equal(f.axes['a.weight', 0], f.axes['n.weight', 0].repeat_interleave(9)) and apart(f, 'n.weight') and not f.stays('n.weight').any()
 
 
 @pytest.mark.parametrize('why, op', [('native_layer_norm', lambda m, x: F.layer_norm(x, x.shape[1:])), ('_softmax', lambda m, x: x.softmax(1)),
