@@ -8,6 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/silence.html.md"""
 __all__ = ['Conditions', 'Silence']
 
 # %% ../nbs/06e_silence.ipynb #e4344451
+from collections import deque
 from functools import reduce
 import torch
 from fastcore.basics import patch
@@ -55,9 +56,10 @@ class Conditions:
         *tensors:torch.Tensor, # Numbers, to be broadcast
     ) -> torch.Tensor: # What `f` gives at each place
         "Apply `f` place by place, once for all places with the same numbers"
-        tensors = torch.broadcast_tensors(*tensors)
-        rows,back = torch.stack([t.reshape(-1) for t in tensors]).unique(dim=1, return_inverse=True)
-        return torch.tensor([f(*r) for r in rows.t().tolist()], dtype=torch.long)[back].view(tensors[0].shape)
+        n,key = len(self.table),reduce(lambda key,t: key*len(self.table) + t, tensors) # one number for all of them
+        keys,back = key.unique(return_inverse=True)
+        rows = zip(*((keys//n**k % n).tolist() for k in reversed(range(len(tensors)))))
+        return torch.tensor([f(*r) for r in rows], dtype=torch.long)[back]
 
 # %% ../nbs/06e_silence.ipynb #15efeb3d
 def _zeros(ndim): return torch.zeros((1,)*ndim, dtype=torch.long)
@@ -75,7 +77,8 @@ class Silence(Reader):
         for op in rec.ops: self.step(op)
         for v in rec.outputs: self.ban(v)
         self.outputs = rec.outputs
-        self.answers = {}
+        self.terms,self.answers = {},{}
+        self.settle()
         self.lost = self.not_followed()
 
     def _name(self, name, v):
@@ -308,19 +311,33 @@ def apply(self:Silence, op): # in the place of the rules for labels
 
 # %% ../nbs/06e_silence.ipynb #23db967c
 @patch
-def when(self:Silence, atom, busy=frozenset()): # the condition of an atom, in terms of filters
-    if atom[0] in self.targets: return self.c.of([[atom]])
-    if atom in busy: return 1
-    if atom not in self.wanted or atom[0] in self.banned: return 0
-    return self.solved(self.allowed[atom], busy | {atom})
+def settle(self:Silence): # the conditions of all wanted atoms, in terms of filters
+    self.terms = {a: 1 for a in self.allowed if a in self.wanted and a[0] not in self.banned}
+    users,seen,todo = {},dict.fromkeys(self.terms, 0),deque(self.terms)
+    for a in self.terms:
+        for other in {o for way in self.c.table[self.allowed[a]] for o in way}: users.setdefault(other, []).append(a)
+    waiting = set(todo)
+    while todo:
+        waiting.remove(a := todo.popleft())
+        seen[a] += 1
+        new = self._solve(self.allowed[a]) if seen[a] < 100 else 0 # ways that were given up may come and go
+        if new == self.terms[a]: continue
+        more = [u for u in users.get(a, ()) if u not in waiting]
+        self.terms[a] = new; todo.extend(more); waiting.update(more)
 
 @patch
-def solved(self:Silence, condition, busy=frozenset()): # the same in terms of filters
-    if not busy and condition in self.answers: return self.answers[condition]
-    ways = (reduce(self.c.both, (self.when(a, busy) for a in way), 1) for way in self.c.table[condition])
-    out = reduce(self.c.either, ways, 0)
-    if not busy: self.answers[condition] = out
-    return out
+def when(self:Silence, atom): # the condition of an atom
+    return self.c.of([[atom]]) if atom[0] in self.targets else self.terms.get(atom, 0)
+
+@patch
+def _solve(self:Silence, condition): # in terms of filters
+    ways = (reduce(self.c.both, map(self.when, way), 1) for way in self.c.table[condition])
+    return reduce(self.c.either, ways, 0)
+
+@patch
+def solved(self:Silence, condition): # the same, once everything is settled
+    if condition not in self.answers: self.answers[condition] = self._solve(condition)
+    return self.answers[condition]
 
 @patch
 def returned(self:Silence) -> set[str]: # Names of targets
