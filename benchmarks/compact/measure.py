@@ -31,14 +31,14 @@ def apart(out, ref):
     "The largest difference of two outputs, by the largest number; None if they do not even have the same shapes"
     outs,refs = tree_leaves(out),tree_leaves(ref)
     if [o.shape for o in outs] != [r.shape for r in refs]: return None
-    return max(((a-b).abs().amax()/b.abs().amax()).item() for a,b in zip(outs, refs))
+    return torch.stack([(a-b).abs().amax()/b.abs().amax() for a,b in zip(outs, refs)]).max().item() # NaN if one is
 
 @torch.no_grad()
 def compared(small, model, inputs):
     "How far the outputs are apart on new inputs, and how far those of two inputs are"
     refs = [model(x) for x in inputs]
     differences = [apart(small(x), ref) for x,ref in zip(inputs, refs)]
-    return dict(difference=None if None in differences else max(differences), varies=apart(refs[0], refs[1]))
+    return dict(difference=None if None in differences else torch.tensor(differences).max().item(), varies=apart(refs[0], refs[1]))
 
 @torch.no_grad()
 def in_turn(models, x, budget):
@@ -59,7 +59,7 @@ def start(arm=None):
     small,x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(),torch.randn(1, 3, 8, 8)
     for a in [arm] if arm else []: ARMS[a](small, x, ['3'])
 
-def model(name, arm, mask, size=224, batches=(1, 16), budget=4.):
+def model(name, arm, mask, size=224, batches=(1, 16), budget=3.):
     "One model with half of its channels dead, and what a tool makes of it"
     dense,x = build(name, size),images(1, size)
     MASKS[mask](dense, x)

@@ -16,19 +16,18 @@ TEXTS = {
     'large': ('A large model', 'A decoder of attention and MLPs in bfloat16: the peak of memory above what was there before, in units of the memory of the weights.'),
 }
 INTRO = f"""Written by `python benchmarks/compact`. Models of torchvision and fastai, untrained, with every parameter and running statistic stirred so that all of them make a difference; zeros are put in, and each tool makes the model smaller.
-Each tool and model has a process of its own with one thread and a time limit, on the machine given above each table.
+Each tool has a process of its own for each model, with one thread and a time limit.
 
-* *Equal*: outputs on two new batches of two images differ by less than {TOLERANCE:g} of how far the outputs of the two batches are apart. What differs by more is not equal, whatever else it is.
-* *Weights* are all parameters, *multiply-adds* those that torch's `FlopCounterMode` counts for convolutions and matrix products on one image; dense first. In brackets: how many times fewer.
-* *Times faster*: dense and smaller model take turns in one process; the median of the ratios of the rounds, with their quartiles.
-* Torch-Pruning does not look at numbers: it is told which channels to remove. It was told those that are zero in the filters, biases and norms of all layers that it couples, with an equal number in each group of a grouped convolution, and not
+* *Equal*: outputs on two new batches of two images differ by at most {TOLERANCE:g} of how far the outputs of the two batches are apart.
+* *Weights* are all parameters, *multiply-adds* those that torch's `FlopCounterMode` counts for convolutions and matrix products on one image.
+* *× faster*: dense and smaller model take turns in one process; the median of the ratios of the rounds, with their quartiles.
+* Torch-Pruning (TP) does not look at numbers: it is told which channels to remove. It was told those that are zero in the filters, biases and norms of all layers that it couples, with an equal number in each group of a grouped convolution, and not
 to touch the layers that give the outputs. Everything after that is its own.
 
 Raw figures, with all settings, are in `runs.jsonl`."""
 
 def number(x): return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
 def millions(n): return f'{n/1e6:,.2f}' if n < 1e8 else f'{n/1e6:,.0f}'
-def times(a, b): return f'{a/b:.2f}' if b else '—'
 
 def markdown(rows):
     "A table from a list of dicts"
@@ -38,7 +37,7 @@ def markdown(rows):
 def off(r):
     "How far the outputs are from those of the dense model, by how far they vary; None if they have other shapes"
     if r.get('difference') is None: return None
-    return r['difference'] and r['difference']/r['varies'] if r['varies'] else float('inf')
+    return r['difference']/r['varies'] if r['varies'] else float('inf')
 
 def equal(r): return bool(r) and not r.get('error') and (d := off(r)) is not None and d <= TOLERANCE
 
@@ -75,15 +74,22 @@ def arms(runs):
     return found
 
 def small(r, k): # weights (0) or multiply-adds (1) that a tool left
-    return f"{millions(r['small'][k])} ({times(r['dense'][k], r['small'][k])})" if r and 'small' in r else '—'
+    if not r or 'small' not in r: return '—'
+    a,b = r['dense'][k],r['small'][k]
+    return f'{millions(b)} ({a/b:.2f}× fewer)' if b < a else millions(b)
+
+def brief(r, room=60): # errors are long
+    text = verdict(r)
+    return text if len(text) <= room else text[:room].rstrip() + '…'
 
 def model_row(name, by, sizes):
-    ours,theirs = by.get(OURS),by.get(THEIRS)
-    dense = (ours or theirs).get('dense') or (theirs or {}).get('dense')
-    row = {'': name, 'weights, M': millions(dense[0]) if dense else '—', 'multiply-adds, M': millions(dense[1]) if dense else '—'}
-    for tool,r in ((OURS, ours), (THEIRS, theirs)):
-        row |= {f'{tool}: weights, M': small(r, 0), f'{tool}: multiply-adds, M': small(r, 1)}
-        row |= {f'{tool}: times faster, batch {b}': speed(r, b) for b in sizes} | {f'{tool}: outputs': verdict(r)}
+    "What both tools made of one model"
+    dense = next((r['dense'] for r in by.values() if 'dense' in r), None)
+    row = {'': name, **{f'dense: {k}': millions(dense[i]) if dense else '—' for i,k in enumerate(('weights, M','multiply-adds, M'))}}
+    for tool,short in ((OURS, OURS), (THEIRS, 'TP')):
+        r = by.get(tool)
+        row |= {f'{short}: weights, M': small(r, 0), f'{short}: multiply-adds, M': small(r, 1)}
+        row |= {f'{short}: × faster, batch {b}': speed(r, b) for b in sizes} | {f'{short}: outputs': brief(r)}
     return row
 
 def standing(found):

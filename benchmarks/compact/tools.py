@@ -53,7 +53,7 @@ def unfit(graph, group, outputs):
         gives = graph.is_out_channel_pruning_fn(item.dep.handler)
         if gives and m in outputs: return {r for _,r in pairs}
         zero = zero_outputs(m) if gives else None
-        if zero is not None: found |= {r for i,r in pairs if not zero[i]}
+        if zero is not None: found |= {r for i,r in pairs if i >= len(zero) or not zero[i]}
         if isinstance(m, nn.modules.conv._ConvNd) and 1 < m.groups < m.out_channels:
             size = (m.out_channels if gives else m.in_channels)//m.groups
             there = [i % size for i,r in pairs if r not in found]
