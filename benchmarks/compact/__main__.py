@@ -73,7 +73,8 @@ def shown(r):
     parts = [f"{r['dense'][0]:,} → {r['small'][0]:,} weights"] if 'small' in r else []
     if r.get('difference') is not None: parts.append(f"differs by {r['difference']:.0e}")
     if 'analysis' in r: parts.append(f"{r['analysis']:.2f} s, {r['analysis']/r['forward']:.1f} forwards")
-    return ', '.join(parts) or ', '.join(f"{k}: {r[k]['seconds']:.2f} s, {r[k]['memory'] or 0:.2f} × the weights" for k in ('forward','flow','prune','compact') if isinstance(r.get(k), dict))
+    parts += [f"{k}: {v['seconds']:.2f} s, {v['memory'] or 0:.2f} × the weights" for k,v in r.items() if isinstance(v, dict) and 'memory' in v]
+    return ', '.join(parts)
 
 @call_parse
 def main(

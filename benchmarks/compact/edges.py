@@ -107,8 +107,11 @@ CASES = { # name to a function that makes the model, the last child of which giv
     'a frozen model': frozen,
     "fastai's TensorImage as example": lambda: seq(conv(), nn.ReLU(), conv(8, 2)),
 }
-INPUTS = {'TransformerEncoderLayer': lambda: torch.randn(2, 5, 16), 'LayerNorm': lambda: torch.randn(2, 5, 6), 'LSTM': lambda: torch.randn(2, 4, 6), 'attention scaled by its width': lambda: torch.randn(2, 5, 6),
-          'Embedding': lambda: torch.randint(0, 10, (2, 5)), "fastai's TensorImage as example": tensor_image}
+INPUTS = { # where it is not a random image
+    'TransformerEncoderLayer': lambda: torch.randn(2, 5, 16), 'LayerNorm': lambda: torch.randn(2, 5, 6), 'LSTM': lambda: torch.randn(2, 4, 6),
+    'attention scaled by its width': lambda: torch.randn(2, 5, 6),
+    'Embedding': lambda: torch.randint(0, 10, (2, 5)), "fastai's TensorImage as example": tensor_image,
+}
 DEAD = { # which modules lose half of their channels, where it is not all but the last
     'weight_norm': lambda m: [], 'decoder that uses `W.t()`': lambda m: [m.a], 'attention scaled by its width': lambda m: [m.q, m.k],
     'two heads': lambda m: [m.a], 'parameters that the forward does not use': lambda m: [m.a],

@@ -1,4 +1,7 @@
-"""Measurements in a process of their own: `python benchmarks/compact/measure.py model '{"names": ["resnet18"], "arm": "fastsparse", "mask": "coupled"}'` prints a line of JSON for each name."""
+"""Measurements in a process of their own, which prints a line of JSON for each name:
+
+    python benchmarks/compact/measure.py model '{"names": ["resnet18"], "arm": "fastsparse", "mask": "coupled"}'
+"""
 import ctypes, json, re, statistics, sys, time, warnings
 from pathlib import Path
 import torch
@@ -7,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from fastsparse.flow import flow
 from tools import ARMS, MASKS, output_layers
-from zoo import MODELS, build, decoder, images
+from zoo import MODELS, build, decoder, images, settle
 
 def seconds(f, *args):
     "How long `f` takes, and what it returns"
@@ -63,7 +66,8 @@ def model(name, arm, mask, size=224, batches=(1, 16), budget=3.):
     "One model with half of its channels dead, and what a tool makes of it"
     dense,x = build(name, size),images(1, size)
     MASKS[mask](dense, x)
-    state,new = dense.state_dict(),[images(2, size) for _ in range(2)]
+    settle(dense, images(4, size))
+    state,new = dense.state_dict(),[images(2, size).double() for _ in range(2)]
     start_from,outputs = MODELS[name](size).eval(),output_layers(dense, x)
     start_from.load_state_dict(state)
     zeros = sum(int((p == 0).sum()) for p in dense.parameters())/weights(dense)
@@ -71,9 +75,11 @@ def model(name, arm, mask, size=224, batches=(1, 16), budget=3.):
     figures = dict(zeros=zeros, dense=[weights(dense), macs(dense, x)], forward=forward, example=list(x.shape))
     try: analysis,small = seconds(ARMS[arm], start_from, x, outputs)
     except Exception as e: return dict(figures, error=error(e))
-    try: figures |= dict(analysis=analysis, small=[weights(small), macs(small.eval(), x)], **compared(small, dense, new))
+    try:
+        figures |= dict(analysis=analysis, small=[weights(small), macs(small.eval(), x)])
+        figures['latency'] = {b: in_turn([dense, small], images(b, size), budget) for b in batches}
+        return dict(figures, **compared(small.double(), dense.double(), new))
     except Exception as e: return dict(figures, error=error(e))
-    return dict(figures, latency={b: in_turn([dense, small], images(b, size), budget) for b in batches})
 
 def edge(name, arm):
     "A small module with dead channels"

@@ -6,23 +6,31 @@ import matplotlib.pyplot as plt
 
 OURS,THEIRS = 'fastsparse','Torch-Pruning'
 COLORS,MARKS = {OURS: '#0072b2', THEIRS: '#d55e00'},{OURS: 'o', THEIRS: 'D'}
-TOLERANCE = 1e-3 # of how far the outputs of two inputs are apart
+TOLERANCE = 1e-4 # of how far the outputs of two inputs are apart
 
 TEXTS = {
-    'coupled': ('Half of the channels of each layer, those that belong together at the same time', """Where layers are added or concatenated, their channels can only go together. Half of the channels of each such set are zero in all of its layers, and both tools see the same zeros."""),
-    'filter': ('Half of the filters of each convolution, each layer for itself', """`Sparsifier(model, 'filter', 'local').prune_model(50)`: a channel can go where all layers that belong together happen to have it dead, or where what is left of it is constant."""),
-    'edge': ('Edge cases', """Small modules of which half of the channels are dead. *Cut to* is the share of the weights that is left, *kept* that nothing was removed."""),
-    'growth': ('Time of the analysis', 'In units of one plain forward of the example. `flow` is only the look at what belongs together, `compact` everything: looking, cutting, and comparing outputs.'),
-    'large': ('A large model', 'A decoder of attention and MLPs in bfloat16: the peak of memory above what was there before, in units of the memory of the weights.'),
+    'coupled': ('Half of the channels of each layer', """
+Where layers are added, their channels can only go together. Half of the channels of each such set are zero in all of its layers;
+both tools see the same zeros."""),
+    'filter': ('Half of the filters of each convolution', """
+`Sparsifier(model, 'filter', 'local').prune_model(50)`, each layer for itself: a channel can go where all layers
+that are added happen to have it dead, or where what is left of it is constant. Linears keep all their outputs."""),
+    'edge': ('Edge cases', """
+Small modules of which half of the channels are dead. *Cut to* is the share of the weights that is left, *kept* that nothing was removed."""),
+    'growth': ('Time of the analysis', """
+In units of one plain forward of the example. `flow` only looks which channels belong together; `compact` looks, cuts, and compares outputs."""),
+    'large': ('A large model', 'A decoder of attention and MLPs in bfloat16: the peak of memory above what was there before, by the memory of the weights.'),
 }
-INTRO = f"""Written by `python benchmarks/compact`. Models of torchvision and fastai, untrained, with every parameter and running statistic stirred so that all of them make a difference; zeros are put in, and each tool makes the model smaller.
+INTRO = f"""Written by `python benchmarks/compact`. Models of torchvision and fastai, untrained, with every parameter and running statistic stirred
+so that all of them make a difference. Zeros are put in, the running statistics are made to fit them, as training would, and each tool makes the model smaller.
 Each tool has a process of its own for each model, with one thread and a time limit.
 
-* *Equal*: outputs on two new batches of two images differ by at most {TOLERANCE:g} of how far the outputs of the two batches are apart.
+* *Equal*: outputs on two new batches of two images, in float64, differ by at most {TOLERANCE:g} of how far the outputs of the two batches are apart.
 * *Weights* are all parameters, *multiply-adds* those that torch's `FlopCounterMode` counts for convolutions and matrix products on one image.
 * *× faster*: dense and smaller model take turns in one process; the median of the ratios of the rounds, with their quartiles.
-* Torch-Pruning (TP) does not look at numbers: it is told which channels to remove. It was told those that are zero in the filters, biases and norms of all layers that it couples, with an equal number in each group of a grouped convolution, and not
-to touch the layers that give the outputs. Everything after that is its own.
+* Torch-Pruning (TP) does not look at numbers: it is told which channels to remove. It was told those that are zero in the filters, biases and norms
+of all layers that it couples, with an equal number in each group of a grouped convolution,
+and not to touch the layers that give the outputs. Everything after that is its own.
 
 Raw figures, with all settings, are in `runs.jsonl`."""
 
@@ -100,35 +108,40 @@ def standing(found):
     failed = lambda tool: [n for n,by in found.items() if tool in by and not equal(by[tool])]
     listed = lambda names: f"{len(names)} ({', '.join(names)})" if names else 'none'
     ours_ = [off(by[OURS]) for by in found.values() if equal(by.get(OURS))]
-    lines = [f'* Of {len(found)} models, {len(both)} have equal outputs with both tools. Among these, fastsparse leaves more weights or multiply-adds than Torch-Pruning in: {listed(more(OURS, THEIRS))}. Torch-Pruning leaves more than fastsparse in: {listed(more(THEIRS, OURS))}.',
+    lines = [f'* Of {len(found)} models, {len(both)} have equal outputs with both tools. Among these, fastsparse leaves more weights or multiply-adds '
+             f'than Torch-Pruning in: {listed(more(OURS, THEIRS))}. Torch-Pruning leaves more than fastsparse in: {listed(more(THEIRS, OURS))}.',
              f'* Outputs not equal, or no result: fastsparse {listed(failed(OURS))}, Torch-Pruning {listed(failed(THEIRS))}.']
     return '\n'.join(lines + [f'* The largest difference among the equal ones of fastsparse: {max(ours_):.1g} of the variation.']*bool(ours_))
 
 def analysis_row(name, by):
-    row = {'': name, 'example': ' × '.join(map(str, next(r['example'] for r in by.values() if 'example' in r))), 'forward, ms': number(1000*statistics.median(r['forward'] for r in by.values() if 'forward' in r))}
+    some = [r for r in by.values() if 'forward' in r]
+    row = {'': name, 'example': ' × '.join(map(str, some[0]['example'])), 'forward, ms': number(1000*statistics.median(r['forward'] for r in some))}
     for tool in (OURS, THEIRS):
         r = by.get(tool, {})
-        row |= {f'{tool}, s': number(r['analysis']), f'{tool}, forwards': f"{r['analysis']/r['forward']:.1f}"} if 'analysis' in r else {f'{tool}, s': '—', f'{tool}, forwards': '—'}
+        taken = (number(r['analysis']), f"{r['analysis']/r['forward']:.1f}") if 'analysis' in r else ('—', '—')
+        row |= dict(zip((f'{tool}, s', f'{tool}, forwards'), taken))
     return row
 
 def models(runs):
     found,sizes = arms(runs),batches(runs)
     there = {n: by for n,by in found.items() if any('forward' in r for r in by.values())}
     text = [markdown([model_row(n, by, sizes) for n,by in found.items()]), standing(found)]
-    return text + ['Time to make the smaller model, once, `compact` or graph and pruning, on the example:', markdown([analysis_row(n, by) for n,by in there.items()])]*bool(there)
+    if there: text.append('Time to make the smaller model, measured once: `compact`, or graph and pruning.')
+    if there: text.append(markdown([analysis_row(n, by) for n,by in there.items()]))
+    return text
 
 def edges(runs):
     found = arms(runs)
     count = lambda tool,test: sum(test(outcome(by[tool])) for by in found.values() if tool in by)
-    kinds = {'cut, equal': lambda o: o.startswith('cut'), 'kept, equal': lambda o: o == 'kept, equal', 'wrong outputs': lambda o: o.startswith(('**','other')), 'fails': lambda o: o.startswith('fails')}
-    sums = [{'': kind, **{t: count(t, test) for t in (OURS, THEIRS)}} for kind,test in kinds.items()]
+    kinds = {'cut, equal': ('cut',), 'kept, equal': ('kept',), 'wrong outputs': ('**','other'), 'fails': ('fails',)}
+    sums = [{'': kind, **{t: count(t, lambda o: o.startswith(starts)) for t in (OURS, THEIRS)}} for kind,starts in kinds.items()]
     return [markdown(sums), markdown([{'': n, **{t: outcome(by.get(t)) for t in (OURS, THEIRS)}} for n,by in found.items()])]
 
 def growth(runs):
     ok = [r for r in runs if not r.get('error')]
-    rows = [{'': r['name'].split('/', 1)[1], 'forward, s': number(r['forward']), 'flow, s': number(r['flow']), 'flow, forwards': f"{r['flow']/r['forward']:.1f}",
-             'compact, s': number(r['analysis']), 'compact, forwards': f"{r['analysis']/r['forward']:.1f}"} for r in ok]
-    return [markdown(rows)] if ok else [] + [f"{r['name']}: {verdict(r)}" for r in runs if r.get('error')]
+    both = lambda r,k,what: {f'{what}, s': number(r[k]), f'{what}, forwards': f"{r[k]/r['forward']:.1f}"}
+    rows = [{'': r['name'].split('/', 1)[1], 'forward, s': number(r['forward'])} | both(r, 'flow', 'flow') | both(r, 'analysis', 'compact') for r in ok]
+    return ([markdown(rows)] if ok else []) + [f"{r['name']}: {verdict(r)}" for r in runs if r.get('error')]
 
 def large(runs):
     r = runs[-1]
@@ -150,7 +163,8 @@ def plot(runs, file):
             at = [(i + shift, f) for i,n in enumerate(names) if (f := faster(found[n].get(tool), b))]
             mid = [f[0] for _,f in at]
             error = [[f[0]-f[1] for _,f in at], [f[2]-f[0] for _,f in at]]
-            ax.errorbar(mid, [y for y,_ in at], xerr=error, fmt=MARKS[tool], ms=5, color=COLORS[tool], label=tool, mfc=COLORS[tool] if tool == OURS else 'white', elinewidth=1)
+            fill = COLORS[tool] if tool == OURS else 'white'
+            ax.errorbar(mid, [y for y,_ in at], xerr=error, fmt=MARKS[tool], ms=5, color=COLORS[tool], mfc=fill, label=tool, elinewidth=1)
         bad = [i for i,n in enumerate(names) if THEIRS in found[n] and not equal(found[n][THEIRS])]
         ax.plot([.8]*len(bad), [i - .14 for i in bad], 'x', color=COLORS[THEIRS], label='Torch-Pruning: no model with equal outputs' if bad else None)
         ax.axvline(1, color='.6', lw=1, ls='--')
@@ -178,6 +192,6 @@ def write(out, runs):
     parts.append('![](compact.png)')
     for section,(title,text) in TEXTS.items():
         rows = [r for r in runs if r['name'].startswith(section + '/')]
-        if rows: parts += [f'## {title}', text, *SECTIONS[section](rows)]
+        if rows: parts += [f'## {title}', text.strip(), *SECTIONS[section](rows)]
     (out/'README.md').write_text('\n\n'.join(parts) + '\n')
     plot(runs, out/'compact.png')

@@ -46,7 +46,7 @@ def zero_outputs(m):
     return zero if b is None else zero & (b.detach() == 0)
 
 def unfit(graph, group, outputs):
-    "The channels of the first layer of a group that cannot go: not zero in all coupled layers, an output, or not as many in each group of a grouped convolution"
+    "Channels of the first layer of a group that cannot go: an output, not zero in all coupled layers, or not as many in each group of a convolution"
     found = set()
     for item in group:
         m,pairs = item.dep.target.module,list(zip(item.idxs, item.root_idxs))
@@ -61,14 +61,15 @@ def unfit(graph, group, outputs):
     return found
 
 def torch_pruning(model, x, outputs):
-    "Its DependencyGraph removes what is zero in all layers of a group, after the example of its documentation; groups that change outputs are skipped, as `get_all_groups` does with `ignored_layers`"
+    "Its DependencyGraph removes what is zero in all layers of a group; groups that change outputs are skipped, as `get_all_groups` does it"
     import torch_pruning as tp
     graph = tp.DependencyGraph().build_dependency(model, x if isinstance(x, (tuple,dict)) else (x,), verbose=False)
     modules = dict(model.named_modules())
     outputs = {modules[n] for n in outputs}
     for layer in modules.values():
         if layer not in graph.module2node or not isinstance(layer, LAYERS): continue
-        prune = tp.prune_linear_out_channels if isinstance(layer, nn.Linear) else tp.prune_embedding_out_channels if isinstance(layer, nn.Embedding) else tp.prune_conv_out_channels
+        kinds = {nn.Linear: tp.prune_linear_out_channels, nn.Embedding: tp.prune_embedding_out_channels}
+        prune = next((f for kind,f in kinds.items() if isinstance(layer, kind)), tp.prune_conv_out_channels)
         zero = zero_outputs(layer)
         idxs = zero.nonzero().flatten().tolist()[:len(zero)-1] # one stays
         while idxs:
