@@ -16,7 +16,8 @@ both tools see the same zeros."""),
 `Sparsifier(model, 'filter', 'local').prune_model(50)`, each layer for itself: a channel can go where all layers
 that are added happen to have it dead, or where what is left of it is constant. Linears keep all their outputs."""),
     'edge': ('Edge cases', """
-Small modules of which half of the channels are dead. *Cut to* is the share of the weights that is left, *kept* that nothing was removed."""),
+Small modules of which half of the channels are dead. *Cut to* is the share of the weights that is left, *kept* that nothing was removed.
+Outputs are compared in float32. Torch-Pruning was told as above which channels are zero; it cannot know what an operation makes of a zero."""),
     'growth': ('Time of the analysis', """
 In units of one plain forward of the example. `flow` only looks which channels belong together; `compact` looks, cuts, and compares outputs."""),
     'large': ('A large model', 'A decoder of attention and MLPs in bfloat16: the peak of memory above what was there before, by the memory of the weights.'),
