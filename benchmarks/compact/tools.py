@@ -5,16 +5,10 @@ from fastsparse.flow import flow
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
-@torch.no_grad()
 def prune_coupled(model, x):
-    "Half of the channels of each set of coupled axes become zero"
-    sets,named = {},dict(model.named_parameters())
-    for items in flow(model, x).groups().values(): sets.setdefault(min((n, d) for n,d,_ in items), []).append(items)
-    g = torch.Generator().manual_seed(0)
-    for channels in sets.values():
-        for k in torch.randperm(len(channels), generator=g)[:len(channels)//2].tolist():
-            for n,d,i in channels[k]:
-                if n in named: named[n].index_fill_(d, torch.tensor(i), 0.)
+    "Half of the channels of each unit of coupled outputs become zero"
+    from fastsparse import Sparsifier
+    Sparsifier(model, 'coupled', 'local', example_input=x).prune_model(50)
 
 def prune_filters(model, x):
     "Half of the filters of each layer become zero, each layer for itself"
