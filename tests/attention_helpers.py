@@ -27,6 +27,14 @@ def three_axes(q, k, v): # the same, and the operation of torch
     return fused(*(t.reshape(-1, *t.shape[2:]) for t in (q, k, v))).view(2, -1, *v.shape[2:])
 
 
+def padded(q, k, v): # to a width that a kernel likes
+    return fused(*(F.pad(t, (0, 3)) for t in (q, k, v)), scale=.5)[..., :v.shape[-1]]
+
+
+def in_steps(q, k, v): # as torch does it without a kernel
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH): return fused(q, k, v, is_causal=True)
+
+
 def linear_attention(q, k, v): return q.softmax(-1)@(k.softmax(-2).transpose(-2, -1)@v)
 
 
@@ -63,6 +71,13 @@ class Packed(nn.Module):
         return self.proj(x.reshape(B, N, {'width': self.attn_dim, 'input': C, 'dim': self.dim, 'free': -1}[self.out]))
 
     def rows(self): return [(self.qkv, i*4*self.num_heads, 4) for i in range(3)]
+
+
+class Scaled(Packed):
+    "A buffer that scales each place of a head"
+    def __init__(self, attn=fused):
+        super().__init__()
+        self.per, self.attn = nn.Buffer(torch.rand(4) + .5), lambda q, k, v: attn(q*self.per, k, v*self.per)
 
 
 class Separate(nn.Module):

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from attention_helpers import Llama, Bert, GPT2, NanoGPT, Packed, RMS, Relative, Separate, ViT, batches_of_heads, behead, by_hand, causal, einsum, fused, linear_attention, three_axes
+from attention_helpers import (Bert, GPT2, Llama, NanoGPT, Packed, RMS, Relative, Scaled, Separate, ViT,
+                               batches_of_heads, behead, by_hand, causal, einsum, fused, in_steps, linear_attention, padded, three_axes)
 from torch import nn
 
 from fastsparse.compact import compact, dead_classes, rebuild, relative_difference
@@ -495,7 +496,8 @@ HEADS = {
     'RMSNorm, all by hand': lambda: Packed(norm=RMS, attn=by_hand), 'three Linears': lambda: Separate(), 'three Linears by hand': lambda: Separate(attn=by_hand),
     'number of heads found out': lambda: Separate(count=False), 'rotary': lambda: Separate(count=False, turn=True), 'rotary by hand': lambda: Separate(turn=True, attn=by_hand),
     'causal': lambda: Separate(is_causal=True), 'another scale': lambda: Separate(scale=.3), 'BERT': lambda: Bert(),
-    'Llama': lambda: Llama(), 'Llama by hand': lambda: Llama(attn=by_hand),
+    'width padded': lambda: Packed(attn=padded), 'a scale for each place': lambda: Scaled(), 'a scale for each place, by hand': lambda: Scaled(attn=by_hand),
+    'operation by operation': lambda: Packed(attn=in_steps), 'Llama': lambda: Llama(), 'Llama by hand': lambda: Llama(attn=by_hand),
     'relative positions': lambda: Relative(),
 }
 
@@ -645,3 +647,21 @@ def test_one_head_loses_values():
     with torch.no_grad(): m.v.weight[:2], m.v.bias[:2] = 0, 0
     run = lambda o, x: o.o(fused(*(t(x)[:, None] for t in (o.q, o.k, o.v)))[:, 0])  # noqa: E731
     assert check(Forward(run, q=m.q, k=m.k, v=m.v, o=m.o), tokens).shapes['o.weight'] == (16, 2)
+
+
+def test_where_one_attention_stays_whole_the_others_lose_heads():
+    m = nn.Sequential(*(behead(make(), 1) for make in (Packed, NanoGPT, Separate, lambda: Packed(out='input'), lambda: Packed(out='free'))))
+    c = check(m, tokens)
+    assert c.numbers == {'0.num_heads': 3, '0.attn_dim': 12, '2.n_heads': 3, '2.n_kv_heads': 3, '4.num_heads': 3} and len(c.notes) == 2
+    new = rebuild(nn.Sequential(Packed(), NanoGPT(), Separate(), Packed(out='input'), Packed(out='free')), c.shapes)
+    new.load_state_dict(c.model.state_dict())
+    assert torch.equal(new(tokens), c.model(tokens))
+
+
+def test_what_only_a_dead_head_reads_goes_after_it():
+    m = nn.Sequential(nn.Linear(16, 16), Packed())
+    with torch.no_grad():
+        m[1].proj.weight[:, :4] = 0
+        m[1].qkv.weight.view(3, 4, 4, 16)[:, 1:, :, 5] = 0
+    c = check(m, tokens)
+    assert c.shapes['0.weight'] == (15, 16) and c.shapes['1.qkv.weight'] == (36, 15) and c.numbers == {'1.num_heads': 3, '1.attn_dim': 12}

@@ -650,6 +650,12 @@ def test_behind_an_attention_the_values_alone_decide(attn):
     assert all(torch.equal((getattr(m, n).weight == 0).all(1), getattr(m, n).bias == 0) for n in 'qkv')
 
 
+def test_a_norm_behind_values_that_are_not_followed_is_told():
+    m = Behind(lambda q, k, v: fused(q, k, v.sigmoid()))
+    d = dependants(m, {'v.weight': m.v}, torch.randn(2, 5, 8))
+    assert d.lost == ['norm'] and [f.name for f in d.followers] == ['v.bias']
+
+
 def test_grouped_values_behind_an_attention():
     def run(m, x):
         q, k, v = m.q(x).unflatten(-1, (4, 2)).transpose(1, 2), *(t(x).unflatten(-1, (2, 2)).transpose(1, 2) for t in (m.k, m.v))

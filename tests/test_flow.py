@@ -124,6 +124,12 @@ def test_what_keeps_heads_is_named(why, m, x):
     assert f.stays(*at).all() and why in f.why(*at), f.why(*at)
 
 
+def test_tokens_of_a_mask_stay():
+    m = Forward(lambda m, x: m.a(x, m.mask), a=Separate(), mask=nn.Buffer(torch.randn(5, 5)))
+    f = flow(m, tokens)
+    assert f.stays('mask', 0).all() and f.stays('mask', 1).all() and 'samples or tokens' in f.why('mask', 0) and not f.stays('a.q.weight').any()
+
+
 def test_a_table_beside_heads_stays_and_a_norm_of_all_does_not():
     f = flow(Llama(), tokens)
     assert f.stays('inv_freq').all() and f.stays('table', 1).all() and not f.stays('q.weight').any()
