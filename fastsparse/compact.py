@@ -155,11 +155,13 @@ def _random_like(t, seed):
 class _Judge:
     "Knows the outputs of the original, and compares"
     def __init__(self, model, example):
-        self.cases,self.worst = [],0.
-        for k,x in enumerate([example, *(map_tensors(lambda t: _random_like(t, seed), example) for seed in range(2))]):
-            try: self.cases.append((x, plain(self.run(model, x))))
-            except Exception:
-                if k == 0: raise
+        with undisturbed(model):
+            before = {n: dict(vars(m)) for n,m in model.named_modules()}
+            self.cases,self.worst = [(example, plain(call(model, example)))],0.
+            self.kept = _kept(model, before)
+        other = map_tensors(lambda t: _random_like(t, 0), example)
+        try: self.cases.append((other, plain(self.run(model, other))))
+        except Exception: pass # not every model takes anything
 
     @staticmethod
     def run(model, x):
@@ -174,6 +176,11 @@ class _Judge:
             worst = max(worst, relative_difference(out, ref))
             if not worst <= 1: return 'the outputs would differ'
         self.worst = worst
+
+def _kept(model, before): # attributes that a forward wrote: what stands there without it is an old activation
+    now = [(n, k, v, before[n].get(k)) for n,m in model.named_modules() for k,v in vars(m).items()]
+    new = lambda v,was: isinstance(v, torch.Tensor) and isinstance(was, torch.Tensor) and v is not was
+    return [(n, k) for n,k,v,was in now if new(v, was)]
 
 # %% ../nbs/10a_compact.ipynb #1d2e1b01
 _head_counts = re.compile(r'(^|_)n?heads?(_|$)|^h$')
@@ -354,14 +361,6 @@ def _check_whole(model):
                                  f"torch.nn.utils.prune.remove(model.{name}, {hook._tensor_name!r})")
 
 # %% ../nbs/10a_compact.ipynb #16f022f1
-def _kept_from_forward(model, example): # attributes that a forward writes: what stands there now is an old activation
-    before = {n: dict(vars(m)) for n,m in model.named_modules()}
-    with undisturbed(model):
-        call(model, example)
-        now = [(n, k, v, before[n].get(k)) for n,m in model.named_modules() for k,v in vars(m).items()]
-        new = lambda v,was: isinstance(v, torch.Tensor) and isinstance(was, torch.Tensor) and v is not was
-        return [(n, k) for n,k,v,was in now if new(v, was)]
-
 def _own(small, model, kept): # a copy that shares no tensor with `model`
     theirs = {id(t) for t in named_tensors(model).values()}
     modules = dict(small.named_modules())
@@ -389,8 +388,7 @@ def compact(
         if search.small is None: break
         small,numbers = search.small,numbers | search.numbers
         f = flow(small, example)
-    kept = _kept_from_forward(model, example)
-    changes,own = tuple(_changes(model, small, f, refused)),_own(_twin(small, {}), model, kept)
+    changes,own = tuple(_changes(model, small, f, refused)),_own(_twin(small, {}), model, judge.kept)
     weights = tuple(sum(p.numel() for p in m.parameters()) for m in (model, own))
     return Compacted(own, changes, weights, (first.macs(), f.macs()), judge.worst, tuple(_notes(refused)),
                      numbers)

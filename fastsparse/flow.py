@@ -79,7 +79,8 @@ def params(self:Flow,
     gone:set=frozenset(), # Classes that are cut
 ) -> int: # Of the whole model
     "Parameters that are left without some classes"
-    left = lambda name,d: sum(c not in gone for c in self.axes[name,d].tolist())
+    stays = self._staying(gone)
+    left = lambda name,d: int(stays[self.axes[name,d]].sum())
     return sum(math.prod(left(name, d) for d,s in enumerate(shape) if s > 1) for name,shape in self.shapes.items())
 
 @patch
@@ -87,8 +88,15 @@ def macs(self:Flow,
     gone:set=frozenset(), # Classes that are cut
 ) -> int: # On the example
     "Multiply-adds that are left without some classes"
-    left = lambda labels: 1. if labels is None else 1 - sum(c in gone for c in labels.tolist())/len(labels)
+    stays = self._staying(gone)
+    left = lambda labels: 1. if labels is None else int(stays[labels].sum())/len(labels)
     return round(sum(c.macs*left(c.reads)*left(c.gives) for c in self.contractions))
+
+@patch
+def _staying(self:Flow, gone): # for each class
+    stays = torch.ones(max((int(classes.max()) for classes in self.axes.values()), default=0) + 1, dtype=torch.bool)
+    stays[list(gone)] = False
+    return stays
 
 # %% ../nbs/06d_flow.ipynb #32fdd855
 def _settle(reader): # joined labels, with what is left of a split axis a block again

@@ -271,7 +271,7 @@ def _conv(self, op):
     elif transposed: raise NoRule
     else: dead,lo = self.grouped(op, lx, li, lo, kx, used.view(groups, O//groups, C//groups))
     places = math.prod((x if transposed else op.outs[0]).shape)
-    self.contractions.append(Contraction(op.where, places*math.prod(w.shape[1:]), lx if groups == 1 else None, lo))
+    self.contractions.append(Contraction(op.where, places*math.prod(w.shape[1:]), lx if groups == 1 else li, lo))
     shape,batch = [1, O] + [1]*(x.ndim-2),[L for L in rest if all(s == 1 for s in L.shape[2:])]
     out = [([lo.view(shape)] if lo is not None else [], shape), (batch, (x.shape[0], *[1]*(x.ndim-1)))]
     K = torch.where(dead, 0., nan)

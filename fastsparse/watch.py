@@ -89,7 +89,7 @@ class _Guard(TorchDispatchMode):
         for k,t in self.saved.items(): self.at[k].detach().copy_(t)
 
 _boxes = (dict, OrderedDict, list, set)
-def _contents(m): return {k: (v, v.copy() if type(v) in _boxes else None) for k,v in vars(m).items()}
+def _contents(m): return {k: (v, None if type(v) not in _boxes else v.copy() if v else ()) for k,v in vars(m).items()}
 
 def _refill(box, was):
     if type(box) is list: box[:] = was
@@ -99,7 +99,7 @@ def _restore(m, before):
     for k in [k for k in vars(m) if k not in before]: del vars(m)[k]
     for k,(v,was) in before.items():
         if vars(m).get(k) is not v: vars(m)[k] = v
-        if was is not None: _refill(v, was)
+        if was is not None and (v or was): _refill(v, was)
 
 # %% ../nbs/06a_watch.ipynb #abffe4a0
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
