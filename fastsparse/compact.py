@@ -185,7 +185,8 @@ def _kept(model, before): # attributes that a forward wrote: what stands there w
 # %% ../nbs/10a_compact.ipynb #1d2e1b01
 _head_counts = re.compile(r'(^|_)n?heads?(_|$)|^h$')
 _sizes = re.compile(r'size|dim|width|inner|hidden|channels|features|embd|model|^nf$|^c$')
-_other_sizes = re.compile(r'head_(size|dim)|dim_head|group|window|patch|image|img|block|vocab|kernel|input|(^|_)(in|seq|max)_')
+_other_sizes = re.compile('head_(size|dim)|dim_head|group|window|patch|image|img|block|vocab|kernel|input|'
+                          '(^|_)(in|seq|max)_')
 
 def _numbers(m): # attributes that may be numbers of channels; layers of torch have theirs set by `_resize`
     if type(m).__module__.startswith('torch.nn.'): return {}
@@ -200,7 +201,8 @@ def _kind(name): # of an attribute: a number of heads, a size, or neither
 def _around(names): # the module that holds all these tensors
     return '.'.join(commonprefix([n.split('.')[:-1] for n in names]))
 
-def _head_attributes(model, f, axes, gone): # what may be set anew where heads are cut out of these axes: its key, and value
+# %% ../nbs/10a_compact.ipynb #81ae4a80
+def _head_attributes(model, f, axes, gone): # what may be set anew where heads are cut out of these axes: key and value
     sizes = {len(f.axes[at]): sum(c not in gone for c in f.axes[at].tolist()) for at in axes}
     root,found = _around([n for n,_ in axes]),{}
     if len({new/old for old,new in sizes.items()}) > 1: return found
@@ -287,7 +289,7 @@ class Compacted:
     macs:tuple[int,int] # Multiply-adds on the example, before and after
     difference:float # Largest difference of outputs, by what rounding may do in their dtype
     notes:tuple[str,...]=() # What was left whole, and why
-    numbers:dict[str,int]=field(default_factory=dict) # Attributes of modules that were set anew, such as numbers of heads
+    numbers:dict[str,int]=field(default_factory=dict) # Attributes that were set anew, such as numbers of heads
 
     @property
     def shapes(self) -> dict[str,tuple[int,...]|int]:

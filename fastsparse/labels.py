@@ -210,6 +210,7 @@ def meet(self:Reader, a, b, why): # two labels at the same places
     self.join(a, b, why)
     return a
 
+# %% ../nbs/06b_labels.ipynb #16762274
 @patch
 def merge(self:Reader, operands, ndim, why): # operands: pairs of labels and shape
     sizes = [(1,)*(ndim-len(shape)) + tuple(shape) for _,shape in operands]

@@ -218,6 +218,7 @@ def batched(self:Reader, a, b, why): # channels along the batch of both stay who
         labels = [self.couple(L, [d], why) if L is f else L for L in self.labels(v)]
         self.info[v] = Info(labels, self.known(v))
 
+# %% ../nbs/06c_rules.ipynb #48fd8e10
 @flow_rule('mm', 'addmm', 'bmm', 'baddbmm')
 def _matmul(self, op):
     bias,a,b = (None, *op.args) if len(op.args) == 2 else op.args[:3]
@@ -384,7 +385,8 @@ def _sum(self, op, x, dims): # a product with ones
     return Info(list(filter(beside, self.labels(x))), known)
 
 # %% ../nbs/06c_rules.ipynb #af46448b
-_kinds = 'flash_attention_for_cpu flash_attention efficient_attention cudnn_attention fused_attention_overrideable attention_math'
+_kinds = ('flash_attention_for_cpu flash_attention efficient_attention cudnn_attention fused_attention_overrideable '
+          'attention_math')
 
 @patch
 def by_head(self:Reader, op, x): # labels of the heads of one operand, for each head of the output; and what else it has
@@ -397,6 +399,7 @@ def by_head(self:Reader, op, x): # labels of the heads of one operand, for each 
             heads.append(self.couple(L, [3], why).repeat_interleave(H//L.shape[1], 1))
     return heads,rest
 
+# %% ../nbs/06c_rules.ipynb #547dfe6b
 @flow_rule(*(f'_scaled_dot_product_{kind}' for kind in _kinds.split()))
 def _attention(self, op):
     (q,k,v),o,why = op.args[:3],op.outs[0],reason(op)
@@ -412,7 +415,8 @@ def _attention(self, op):
     zero = (self.known(v) == 0).all(2, keepdim=True)
     if zero.shape[1] > 1: zero = zero.repeat_interleave(H//zero.shape[1], 1)
     gives = out[0].reshape(-1) if out else None
-    self.contractions.append(Contraction(op.where, math.prod(o.shape[:3])*k.shape[2]*(k.shape[3] + v.shape[3]), None, gives))
+    macs = math.prod(o.shape[:3])*k.shape[2]*(k.shape[3] + v.shape[3])
+    self.contractions.append(Contraction(op.where, macs, None, gives))
     return [Info(out or wv, alike(torch.where(zero, 0., nan)))]
 
 @patch
