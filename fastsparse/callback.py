@@ -219,7 +219,7 @@ class SparsifyCallback(HoldingCallback):
     def __init__(self,
         sparsity:float|dict|Cost, # Percent of the targets' weights that shall be zero; with 'local' {selector: percent};
                                   # with 'coupled' `MACs(percent)` or `Params(percent)`
-        granularity='weight', # A name of `available_granularities()`, 'coupled', a pattern such as '2:4', or an object
+        granularity='weight', # A name of `available_granularities()`, 'output', 'coupled', a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
@@ -366,10 +366,10 @@ def _at_start(self:SparsifyCallback): # what somebody would want to know before 
 # %% ../nbs/12_callback.ipynb #7850e7a9
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
-    mine = {id(t.layer.weight) for t in sparsifier.targets.values()}
+    mine = {id(t.parameter) for t in sparsifier.targets.values()}
     for cb in self.learn.cbs:
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
-            if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.layer.weight) in mine]:
+            if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.parameter) in mine]:
                 raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; "
                                  "each could undo or overshoot the other's target, "
                                  "so give each its own with layers= or exclude=")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Callable
 import torch
 from torch import nn
-from .flow import Flow, flow
-from .granularity import Granularity, Groups, layer_type
-from .select import Target, find_targets
+from .flow import Flow
+from .granularity import Groups, layer_type
+from .select import Target
 from .watch import named_tensors, unwrap
 
 # %% ../nbs/06g_coupled.ipynb #c3fdd839
@@ -111,7 +111,7 @@ def coupled_units(
     "The coupled groups of `targets`, and what cannot go"
     inner = {id(t): n for n,t in named_tensors(unwrap(model)).items()}
     outer = {n: inner.get(id(t)) for n,t in named_tensors(model).items()}
-    at = {(inner[id(t.layer.weight)], _output_axis(t.layer)): t for t in targets}
+    at = {(inner[id(t.parameter)], _output_axis(t.layer)): t for t in targets}
     blocked = _blocked(unwrap(model), f, at, {outer.get(n) for n in followers})
     taken,stay = _collect(f, at, blocked)
     alike,by_name,units = {},{t.name: t for t in targets},{}

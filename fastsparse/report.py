@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .granularity import layer_type, output_groups
+from .granularity import layer_type, output_groups, prunable_params
 from .mask import count, why_unfit
 
 # %% ../nbs/07_report.ipynb #6332c224
@@ -41,10 +41,11 @@ def _looking(layer): # as in evaluation, so that nothing changes
 
 def read_weight(
     layer:nn.Module, # A layer with a weight of any kind
+    param:str='weight', # The name of its parameter
 ) -> torch.Tensor: # Outside of autograd, strided, not quantized
-    "The weight of `layer` as it is used; a ValueError says why where it cannot be counted"
-    with _looking(layer): w = layer.weight() if _packed(layer) else getattr(layer, 'weight', None)
-    if w is None: raise ValueError('it has no weight that can be read')
+    "A parameter of `layer` as it is used; a ValueError says why where it cannot be counted"
+    with _looking(layer): w = layer.weight() if _packed(layer) else getattr(layer, param, None)
+    if w is None: raise ValueError(f'it has no {param} that can be read')
     return values(w)
 
 def _packed(layer): # a quantized module hands out its weight
@@ -65,10 +66,10 @@ class LayerReport:
     itemsize:int=4 # Bytes of a dense weight
 
     @classmethod
-    def of(cls, name:str, layer:nn.Module):
-        "Count in the weight of `layer`"
-        w = read_weight(layer)
-        with _looking(layer): g = output_groups(layer) if layer_type(layer) else None
+    def of(cls, name:str, layer:nn.Module, param:str='weight'):
+        "Count in a parameter of `layer`"
+        w = read_weight(layer, param)
+        with _looking(layer): g = output_groups(layer) if param == 'weight' and layer_type(layer) else None
         alive,size = w.bool(),layer.weight().element_size() if _packed(layer) else w.element_size()
         dead = None if g is None else g.n - int(g.alive(alive).sum())
         kind = getattr(layer, 'original_name', type(layer).__name__)
@@ -176,13 +177,15 @@ def _hidden(m): # a quantized module that does not hand out its weight
     if '.quantized' not in type(m).__module__ or _packed(m): return False
     return any('packed' in a or 'all_weight' in a for a in dir(m))
 
-def _listed(model): # layers by name; a tensor that several share is listed once, by its first name
-    layers,names = {},{id(p): n for n,p in model.named_parameters()}
+def _listed(model): # layers and parameters by name; a tensor that several share is listed once, by its first name
+    found,names = {},{id(p): n for n,p in model.named_parameters()}
     for n,m in model.named_modules():
-        if not _is_layer(m): continue
-        weight = dict(m.named_parameters(recurse=False)).get('weight')
-        layers.setdefault(names.get(id(weight), n), (n,m))
-    return dict(layers.values())
+        params = [a for a in prunable_params(m) if layer_type(m, a).default] or ['weight']*_is_layer(m)
+        own = dict(m.named_parameters(recurse=False))
+        for a in params if layer_type(m) is None or layer_type(m).default else ():
+            label = n if a == 'weight' else f'{n}.{a}'.lstrip('.')
+            found.setdefault(names.get(id(own.get(a)), label), (label, (m, a)))
+    return dict(found.values())
 
 def _tally(tensors): # zeros and numbers of all that can be counted
     zeros = size = 0
@@ -195,14 +198,14 @@ def _tally(tensors): # zeros and numbers of all that can be counted
 # %% ../nbs/07_report.ipynb #510e7007
 def sparsity_report(
     model:nn.Module, # Any model
-    layers:dict[str,nn.Module]|None=None, # Names and layers to list; None for every layer of a registered type
+    layers:dict|None=None, # Names, and layers or (layer, parameter name) to list; None for all of a registered type
     notes:tuple[str,...]=(), # Lines to add below the table
 ) -> SparsityReport: # A value that shows itself as a table
     "Count the zeros of `model`"
     if not isinstance(model, nn.Module): raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module")
     rows = []
     for n,m in (_listed(model) if layers is None else layers).items():
-        try: rows.append(LayerReport.of(n, m))
+        try: rows.append(LayerReport.of(n, *(m if isinstance(m, tuple) else (m,))))
         except ValueError as e: notes = (*notes, f'{n or "(the model)"} is not counted: {e}.')
     packed = [m.weight() for m in model.modules() if _packed(m) and _is_layer(m)]
     zeros,size = _tally([*model.parameters(), *packed])

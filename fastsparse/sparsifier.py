@@ -21,7 +21,7 @@ from .granularity import NM, Coupled, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
 from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_evenly, keep_mask, one_thread, spread
 from .method import allocate, as_method, floors, global_, local
-from .select import by_reason, find_targets, select_layers, tensor_id
+from .select import by_reason, find_targets, select_tensors, tensor_id
 from .plan import Cost, Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
 from .plan import SparsityWarning # noqa: F401 (it is part of what a user catches)
 from .dependants import Dependants, dependants, native_forward
@@ -110,7 +110,7 @@ class Sparsifier(MaskHolder):
     @check_options
     def __init__(self,
         model:nn.Module, # Any PyTorch model; changed only by the zeros written into its tensors
-        granularity='weight', # A name of `available_granularities()`, 'coupled', a pattern such as '2:4', or an object
+        granularity='weight', # A name of `available_granularities()`, 'output', 'coupled', a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         layers=None, # Selector of the layers to prune, see `select_layers`; None for all that have the granularity
@@ -127,7 +127,7 @@ class Sparsifier(MaskHolder):
         if isinstance(self.granularity, NM): self.method = local # the same pattern everywhere: nothing to share out
         targets,self.left_dense = find_targets(model, self.granularity, layers, exclude)
         self.targets = {t.name: t for t in targets}
-        self.frozen = {t.name for t in targets if trainable_only and not t.layer.weight.requires_grad}
+        self.frozen = {t.name for t in targets if trainable_only and not t.parameter.requires_grad}
         if len(self.frozen) == len(targets):
             raise ValueError("all layers to prune are frozen (requires_grad=False); "
                              "unfreeze some, as with learn.unfreeze()")
@@ -135,13 +135,17 @@ class Sparsifier(MaskHolder):
         self._reads = evidence_of(self.criteria)
         self._named,self._shapes = layers is not None,{t.name: t.weight.shape for t in targets}
         self._coupled,self._flow,self._stay = None,None,{}
-        if isinstance(self.granularity, Coupled): return self._start_coupled(example_input)
-        example_input = None if example_input is ... else example_input
-        self._take(self._dependants(example_input))
-        if example_input is not None: self._leave_returned()
-        self.reset()
+        start = self._start_coupled if isinstance(self.granularity, Coupled) else self._start
+        start(example_input)
 
 _frozen = 'frozen (requires_grad=False), so what is pruned there could not heal'
+
+@patch
+def _start(self:Sparsifier, example_input):
+    seen = example_input is not None and example_input is not ...
+    self._take(self._dependants(example_input if seen else None))
+    if seen: self._leave_returned()
+    self.reset()
 
 # %% ../nbs/09_sparsifier.ipynb #1f080fc6
 @patch
@@ -295,14 +299,14 @@ def is_current(self:Sparsifier) -> bool:
 def _outdated(self:Sparsifier, targets):
     there = {id(m) for m in self.model.modules()}
     def why(t):
-        w = t.layer._parameters.get('weight')
+        w = t.parameter
         if id(t.layer) not in there: return 'has been replaced'
         if w is None: return f'is computed at each forward now ({type(t.layer).__name__})'
         if w.is_meta: return 'is on the meta device now'
         if w.shape != self._shapes[t.name]: return f'has the shape {tuple(w.shape)} now'
         return 'is also that of another layer now' if len(shared[id(w)]) > 1 else ''
     targets,shared = list(targets),{}
-    for t in self.targets.values(): shared.setdefault(id(t.layer._parameters.get('weight', t)), []).append(t)
+    for t in self.targets.values(): shared.setdefault(id(t if t.parameter is None else t.parameter), []).append(t)
     return {t.layer_name: said for t in targets if (said := why(t))}
 
 @patch
@@ -313,12 +317,13 @@ def _check_current(self:Sparsifier, targets):
                          "make a new Sparsifier of the model as it is now")
 
 @patch
-def _layers_now(self:Sparsifier): # of the targets, by name, replaced ones included
+def _layers_now(self:Sparsifier): # layer and parameter name of the targets, by label, replaced ones included
     now = dict(self.model.named_modules())
     ids = {id(m) for m in now.values()}
     some = [t for t in self.targets.values() if t.name not in self.frozen]
-    layers = {t.layer_name: t.layer if id(t.layer) in ids else now.get(t.layer_name) for t in some}
-    return {n: m for n,m in layers.items() if m is not None and layer_type(m) is not None}
+    old = lambda t: t.layer_name if t.param == 'weight' else t.layer_name.removesuffix(t.param).rstrip('.')
+    layers = {t.layer_name: (t.layer if id(t.layer) in ids else now.get(old(t)), t.param) for t in some}
+    return {n: (m, a) for n,(m,a) in layers.items() if m is not None and layer_type(m, a) is not None}
 
 # %% ../nbs/09_sparsifier.ipynb #7c1f04f2
 @patch
@@ -330,7 +335,8 @@ def prune_layer(self:Sparsifier,
 ):
     "Prune one layer to `sparsity` percent, and no other but those that its outputs are coupled with"
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
-    meant = lambda t: layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))
+    own = set() if module is None else {id(module), *map(id, module._parameters.values())}
+    meant = lambda t: layer in (t.name, t.layer_name) or tensor_id(t.layer, t.param) in own
     found = [u for u in self.units.values() if any(map(meant, u.parts))]
     if not found: self._no_layer(layer)
     if isinstance(sparsity, (dict, Cost)):
@@ -395,11 +401,11 @@ def _bundle(u, round_to): # how many groups it takes for each part to lose a mul
 def _each(self:Sparsifier, sparsity, units):
     percents = {}
     for selector,percent in sparsity.items():
-        ids = {tensor_id(m) for _,m in select_layers(self.model, selector, 'sparsity key') if layer_type(m) is not None}
-        found = {u.name: float(percent) for u in units if any(tensor_id(t.layer) in ids for t in u.parts)}
+        meant = select_tensors(self.model, selector, 'sparsity key')
+        ids = {p.id for p in meant}
+        found = {u.name: float(percent) for u in units if any(tensor_id(t.layer, t.param) in ids for t in u.parts)}
         if not found:
-            names = [n for n,_ in select_layers(self.model, selector, 'sparsity key') if n in self.left_dense]
-            reasons = by_reason({n: self.left_dense[n] for n in names})
+            reasons = by_reason({p.label: self.left_dense[p.label] for p in meant if p.label in self.left_dense})
             why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
             known = ', '.join(u.layer_name for u in units)
             raise ValueError(f"sparsity key {selector!r} means none of the layers to prune"
@@ -588,7 +594,7 @@ def _cost(self:Sparsifier, plan): # what was asked for, and what came of it; whe
 @contextmanager
 def trial(self:Sparsifier):
     "Inside, prune and look; behind it, masks and every tensor that pruning writes to are as they were"
-    places = [(t.layer, 'weight') for t in self.targets.values()] + [(f.layer, f.attr) for f in self._followers]
+    places = [(t.layer, t.param) for t in self.targets.values()] + [(f.layer, f.attr) for f in self._followers]
     copies = [getattr(layer, attr).detach().clone() for layer,attr in places]
     state,made = {k: _copied(v) for k,v in vars(self).items() if k in self._state},_made.get(self.model)
     try: yield self
@@ -613,8 +619,8 @@ def pairs(self:Sparsifier,
     "Every tensor of which something is pruned, and its mask: targets first, then what follows them"
     for t in self.targets.values():
         if self._gone.get(t.name) and (names is None or t.name in names):
-            if 'weight' not in t.layer._parameters: self._check_current([t])
-            yield t.layer.weight, self._on(self.masks, t.name, t.layer.weight)
+            if t.parameter is None: self._check_current([t])
+            yield t.parameter, self._on(self.masks, t.name, t.parameter)
     for f in self._followers:
         if f.name in self._following and (names is None or names & set(f.targets)):
             yield f.tensor, self._on(self._following, f.name, f.tensor)
@@ -662,7 +668,7 @@ def _put_aside(self:Sparsifier, f, before, returning):
 @patch
 def sparsity(self:Sparsifier) -> float: # Percent
     "The zeros among the targets' weights, counted now"
-    weights = [read_weight(m) for m in self._layers_now().values()]
+    weights = [read_weight(m, a) for m,a in self._layers_now().values()]
     return 100*sum(map(_zeros, weights))/max(sum(w.numel() for w in weights), 1)
 
 @patch
@@ -706,7 +712,9 @@ def _notes(self:Sparsifier):
         elif ', ' in ns or ' more' in ns:
             notes.append(f"{ns} are left dense: {'their' + why[3:] if why.startswith('its ') else why}.")
         else: notes.append(f"{ns} is left dense: {why}.")
-    own = {t.layer_name: type(t.layer).__name__ for t in self.targets.values() if not native_forward(t.layer)}
+    conv = (nn.Linear, nn.modules.conv._ConvNd)
+    own = {t.layer_name: type(t.layer).__name__ for t in self.targets.values()
+           if isinstance(t.layer, conv) and not native_forward(t.layer)}
     notes += [f'{n} has a forward of its own ({cls}): zeros last only if it uses its weight as it is.'
               for n,cls in own.items()]
     notes += [f'{n}: {k} outputs stay, {why}.' for n,whys in self._stay.items() for why,k in whys.items()]

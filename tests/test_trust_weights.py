@@ -407,7 +407,7 @@ def test_a_model_with_names_of_ours():
     assert is_exact(learn.model, 50) and learn.model.history == [] and learn.model.sparsity == 5
 
 
-def test_recurrent_layers_stay_dense_and_usable():
+def test_recurrent_layers_are_pruned_and_usable():
     class Rnn(nn.Module):
         def __init__(self):
             super().__init__()
@@ -416,8 +416,8 @@ def test_recurrent_layers_stay_dense_and_usable():
     learn, cb = learner(Rnn()), SparsifyCallback(50)
     before = anatomy(learn.model)
     fit(learn, 2, cbs=cb)
-    assert list(cb.sparsifier.masks) == ['head.weight'] and anatomy(learn.model) == before
-    assert learn.model.rnn.weight_hh_l0.all()
+    assert list(cb.sparsifier.masks) == ['rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'head.weight'] and anatomy(learn.model) == before
+    assert cb.current_sparsity == pytest.approx(50, abs=.1) and not learn.model.rnn.weight_hh_l0.all()
 
 
 def test_the_optimizer_s_state_is_zero_where_a_second_fit_prunes_more():

@@ -1,0 +1,308 @@
+"Any tensor of any layer: recurrent layers, attention, embeddings, a user's own"
+import copy
+import warnings
+
+import pytest
+import torch
+from fastai_helpers import Journal, fit, learner
+from torch import nn
+
+from fastsparse.callback import SparsifyCallback
+from fastsparse.criteria import available_criteria
+from fastsparse.granularity import NM, Outputs, available_granularities, layer_type, prunable_params, register_layer
+from fastsparse.report import sparsity_report
+from fastsparse.select import find_targets, places
+from fastsparse.sparsifier import Sparsifier, SparsityWarning
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SparsityWarning)
+        yield
+
+
+class Experts(nn.Module):
+    "A bank of experts, and a router whose parameter has a name of its own"
+    def __init__(self, experts=4, ni=8, no=8):
+        super().__init__()
+        self.bank, self.router = nn.Parameter(torch.randn(experts, no, ni)), nn.Parameter(torch.randn(experts, ni))
+
+    def forward(self, x): return torch.einsum('bi,eoi,be->bo', x, self.bank, (x@self.router.t()).softmax(-1))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _register():
+    register_layer(Experts, 'expert out in', dict(weight='expert out in', row='expert out', column='expert in', expert='expert'), 'bank')
+    register_layer(Experts, 'expert in', dict(weight='expert in', row='expert', column='in'), 'router')
+
+
+class Named(nn.Module):
+    "A layer in a model, under a name"
+    def __init__(self, layer): super().__init__(); self.layer = layer
+
+
+LAYERS = {
+    'LSTM': lambda: nn.LSTM(8, 8, 2, bidirectional=True), 'LSTM projected': lambda: nn.LSTM(8, 16, proj_size=4), 'GRU': lambda: nn.GRU(8, 12), 'RNN': lambda: nn.RNN(8, 12),
+    'LSTMCell': lambda: nn.LSTMCell(8, 8), 'GRUCell': lambda: nn.GRUCell(8, 8), 'RNNCell': lambda: nn.RNNCell(8, 8), 'attention': lambda: nn.MultiheadAttention(16, 4),
+    'attention, separate': lambda: nn.MultiheadAttention(16, 4, kdim=8, vdim=12), 'bilinear': lambda: nn.Bilinear(8, 4, 6), 'embedding': lambda: nn.Embedding(20, 8), 'bag': lambda: nn.EmbeddingBag(20, 8),
+    'experts': Experts,
+}
+TARGETS = {
+    'LSTM': [f'weight_{w}_l{i}{r}' for i in (0, 1) for r in ('', '_reverse') for w in ('ih', 'hh')], 'LSTM projected': ['weight_ih_l0', 'weight_hh_l0', 'weight_hr_l0'], 'GRU': ['weight_ih_l0', 'weight_hh_l0'],
+    'RNN': ['weight_ih_l0', 'weight_hh_l0'], 'LSTMCell': ['weight_ih', 'weight_hh'], 'GRUCell': ['weight_ih', 'weight_hh'], 'RNNCell': ['weight_ih', 'weight_hh'],
+    'attention': ['in_proj_weight', 'out_proj.weight'], 'attention, separate': ['q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'out_proj.weight'], 'bilinear': ['weight'], 'embedding': ['weight'], 'bag': ['weight'],
+    'experts': ['bank', 'router'],
+}
+
+
+def make(kind):
+    torch.manual_seed(0)
+    return Named(LAYERS[kind]())
+
+
+@pytest.mark.parametrize('kind', LAYERS)
+def test_all_matrices_of_each_type_are_targets(kind):
+    s = Sparsifier(make(kind), layers='layer')
+    assert list(s.targets) == [f'layer.{n}' for n in TARGETS[kind]] and not s.left_dense
+    assert {n for n, p in s.model.named_parameters() if p.dim() > 1} == set(s.targets)
+
+
+@pytest.mark.parametrize('method', ['local', 'global'])
+@pytest.mark.parametrize('granularity', ['weight', 'row', 'column', 'output', '2:4'])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_counts_are_exact(kind, granularity, method):
+    m = make(kind)
+    try: s = Sparsifier(m, granularity, method, layers='layer')
+    except ValueError as e:
+        assert 'no layer to prune' in str(e) and kind in ('bilinear', 'embedding', 'bag') # these have no column, or no input
+        return
+    for percent in (50,) if granularity == '2:4' else (50, 90):
+        s.prune_model(percent)
+        sizes, gone = {n: t.size for n, t in s.targets.items()}, {n: int((~s.masks[n]).sum()) for n in s.targets}
+        if method == 'local' or granularity == '2:4':
+            for n, t in s.targets.items():
+                best = min(abs(k*t.groups.step - percent*sizes[n]/100) for k in range(t.groups.n))
+                assert abs(gone[n] - percent*sizes[n]/100) == pytest.approx(best)
+        else:
+            most = sum(t.size - t.groups.step for t in s.targets.values())
+            assert abs(sum(gone.values()) - min(percent*sum(sizes.values())/100, most)) <= max(t.groups.step for t in s.targets.values())
+        assert all(not t.weight[~s.masks[n]].any() for n, t in s.targets.items())
+        assert s.report().zeros == sum(gone.values()) and s.sparsity() == pytest.approx(100*sum(gone.values())/sum(sizes.values()))
+
+
+def dead(w, axis, size):
+    "Blocks of `size` along an axis that are zero altogether"
+    return (w.detach().movedim(axis, 0).reshape(-1, size, *[n for d, n in enumerate(w.shape) if d != axis]) == 0).flatten(1).all(1)
+
+
+def test_a_gate_a_unit_and_a_head_are_what_their_names_say():
+    m = make('GRU')
+    with torch.no_grad(): m.layer.weight_ih_l0[12:24] *= .01 # the second of three gates
+    Sparsifier(m, 'gate', 'local').prune_layer('layer.weight_ih_l0', 34)
+    assert dead(m.layer.weight_ih_l0, 0, 12).tolist() == [False, True, False]
+    m = make('GRU')
+    with torch.no_grad(): m.layer.weight_hh_l0.view(3, 12, 12)[:, 5] *= .01
+    Sparsifier(m, 'unit', 'local').prune_layer('layer.weight_hh_l0', 9)
+    assert dead(m.layer.weight_hh_l0, 0, 1).nonzero().flatten().tolist() == [5, 17, 29]
+    m = make('attention')
+    with torch.no_grad(): m.layer.in_proj_weight.view(3, 4, 4, 16)[:, 2] *= .01
+    Sparsifier(m, 'head', 'local').prune_layer('layer.in_proj_weight', 25)
+    assert dead(m.layer.in_proj_weight, 0, 4).nonzero().flatten().tolist() == [2, 6, 10]
+    m = make('experts')
+    with torch.no_grad(): m.layer.bank[3] *= .01
+    Sparsifier(m, 'expert', 'local').prune_model(25)
+    assert dead(m.layer.bank, 0, 1).tolist() == [False, False, False, True]
+
+
+def test_two_of_four_along_the_input():
+    m = make('LSTM')
+    s = Sparsifier(m, NM(2, 4))
+    s.prune_model(50)
+    for t in s.targets.values(): assert ((t.weight != 0).view(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize('criterion', available_criteria())
+def test_every_criterion(criterion):
+    s = Sparsifier(make('attention'), criteria=criterion)
+    for t in s.targets.values(): t.parameter.data.add_(torch.randn_like(t.weight)*.1)
+    s.prune_model(60)
+    assert s.sparsity() == pytest.approx(60, abs=.1)
+
+
+# embeddings
+
+class LM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.rnn, self.ff, self.decoder = nn.Embedding(50, 16), nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 16), nn.Linear(16, 50)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x): return self.decoder(self.ff(self.rnn(self.encoder(x))[0]))
+
+
+@pytest.mark.parametrize('layers, pruned', [(None, False), (nn.Embedding, True), ('encoder', True), ('enc*', True), ('*', True), ('decoder', True), ('encoder.weight', True), (lambda n, m: n == 'encoder', True), (['rnn', 'encoder'], True)])
+def test_an_embedding_is_pruned_when_it_is_named(layers, pruned):
+    s = Sparsifier(LM(), layers=layers)
+    assert ('encoder.weight' in s.targets) == pruned and (pruned or 'only when it is named' in s.left_dense['encoder'])
+    if layers is None: assert list(s.targets) == ['rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'ff.weight'] and 'encoder is left dense: as the tensor of an Embedding' in str(s.report())
+
+
+def test_a_container_does_not_name_an_embedding():
+    m = nn.Sequential(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)), nn.Linear(4, 2))
+    for layers in (nn.Sequential, m[0], m): assert '0.0.weight' not in Sparsifier(m, layers=layers).targets
+    assert '0.0.weight' in Sparsifier(m, layers='0.*').targets
+
+
+def test_where_there_is_nothing_else_an_embedding_is_pruned():
+    class Dot(nn.Module):
+        def __init__(self): super().__init__(); self.users, self.items = nn.Embedding(20, 8), nn.Embedding(30, 8)
+    s = Sparsifier(Dot())
+    assert list(s.targets) == ['users.weight', 'items.weight'] and not s.left_dense
+    with pytest.raises(ValueError, match='left out'): Sparsifier(Dot(), exclude=nn.Embedding)
+
+
+def test_words_and_features_of_an_embedding():
+    m = make('embedding')
+    s = Sparsifier(m, 'row', 'local')
+    s.prune_model(50)
+    assert (m.layer.weight == 0).all(1).sum() == 10
+    t = Sparsifier(make('embedding'), 'output', 'local')
+    t.prune_model(50)
+    assert (t.model.layer.weight == 0).all(0).sum() == 4
+
+
+# by name
+
+def test_selectors_name_parameters():
+    m = LM()
+    names = lambda **kwargs: list(Sparsifier(m, **kwargs).targets) # noqa: E731
+    assert names(layers='rnn.weight_hh_l0') == ['rnn.weight_hh_l0'] and names(layers='*_ih_*') == ['rnn.weight_ih_l0']
+    assert names(exclude='*.weight_hh_l0') == ['rnn.weight_ih_l0', 'ff.weight'] and names(layers=nn.LSTM, exclude='rnn.weight_ih_l0') == ['rnn.weight_hh_l0']
+    s = Sparsifier(m, method='local')
+    s.prune_model({'rnn': 50, '*_hh_*': 75, 'ff': 25})
+    assert [round(r.percent) for r in s.report().layers] == [50, 75, 25]
+    with pytest.raises(ValueError, match='matches no layer'): Sparsifier(m, layers='rnn.weight_zz')
+
+
+def test_prune_layer_takes_a_layer_or_one_of_its_parameters():
+    m = LM()
+    s = Sparsifier(m, method='local')
+    s.prune_layer('rnn', 50)
+    assert [round(r.percent) for r in s.report().layers] == [50, 50, 0]
+    s.prune_layer('rnn.weight_hh_l0', 75)
+    s.prune_layer(m.ff, 25)
+    assert [(r.name, round(r.percent)) for r in s.report().layers] == [('rnn.weight_ih_l0', 50), ('rnn.weight_hh_l0', 75), ('ff', 25)]
+
+
+def test_tensors_that_are_shared_are_one_target():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.fc = nn.RNN(8, 8), nn.Linear(8, 8)
+            self.fc.weight = self.rnn.weight_hh_l0
+    m = Tied()
+    s = Sparsifier(m)
+    assert list(s.targets) == ['rnn.weight_ih_l0', 'rnn.weight_hh_l0']
+    s.prune_layer('fc', 50)
+    assert (m.fc.weight == 0).sum() == 32 and not s.left_dense
+
+
+def test_types_that_are_known_by_name_only():
+    Conv1D = type('Conv1D', (nn.Module,), {'__module__': 'transformers.pytorch_utils'})
+    m = nn.Sequential(Conv1D(), nn.Linear(4, 4))
+    m[0].weight = nn.Parameter(torch.randn(6, 8)) # inputs first
+    s = Sparsifier(m, 'row', 'local', layers='0')
+    s.prune_model(50)
+    assert (m[0].weight == 0).all(0).sum() == 4 and s.report().layers[0].filters == 8
+
+
+@pytest.mark.parametrize('axes, says', [('(gate:4 hidden:2) in', 'one part without a size'), ('(a b) in', 'one part without a size'), ('in in', 'names of their own')])
+def test_axes_that_cannot_be_read(axes, says):
+    with pytest.raises(ValueError, match=says): register_layer(Experts, axes, {}, 'nothing')
+
+
+def test_what_is_known_of_a_type():
+    assert available_granularities(nn.LSTM) == ['weight', 'row', 'column', 'unit', 'gate', 'layer'] and 'head' in available_granularities(nn.MultiheadAttention)
+    assert prunable_params(nn.LSTM(2, 3)) == ['weight_ih_l0', 'weight_hh_l0'] and layer_type(nn.LSTM, 'bias_ih_l0') is None and layer_type(nn.LSTM) is None
+    assert [p.name for p in places(LM())] == ['encoder.weight', 'rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'ff.weight', 'decoder.weight']
+    assert [r.name for r in sparsity_report(LM()).layers] == ['rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'ff', 'decoder']
+
+
+def test_outputs_of_convolutions_and_linears_in_one_call():
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2), nn.Flatten(), nn.Linear(54, 10))
+    s = Sparsifier(m, 'output', 'local')
+    s.prune_model(50)
+    assert [r.dead_filters for r in s.report().layers] == [4, 3, 5] and (m[0].bias[(m[0].weight == 0).flatten(1).all(1)] == 0).all()
+    assert str(Outputs()) == 'output'
+
+
+def test_a_granularity_of_somebody_else_that_knows_only_weights():
+    class Mine:
+        def groups(self, layer): return Outputs().groups(layer)
+    targets, dense = find_targets(nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 2, 1)), Mine())
+    assert len(targets) == 2 and not dense
+
+
+# in a fit
+
+def sequences(m):
+    "Digits as sequences of rows"
+    class Rows(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.head = m, nn.Linear(16, 10)
+        def forward(self, x):
+            y = self.net(x[:, 0])
+            return self.head((y[0] if isinstance(y, tuple) else y)[:, -1])
+    return Rows()
+
+
+class SelfAttention(nn.Module):
+    def __init__(self): super().__init__(); self.up, self.attention = nn.Linear(8, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+    def forward(self, x): return self.attention(self.up(x), self.up(x), self.up(x), need_weights=False)[0]
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'row', '2:4'])
+@pytest.mark.parametrize('make', [lambda: nn.LSTM(8, 16, batch_first=True), lambda: nn.GRU(8, 16, batch_first=True), SelfAttention, lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+def test_zeros_stay_in_a_fit(make, granularity):
+    m = make()
+    if isinstance(m, nn.TransformerEncoderLayer): m = nn.Sequential(m, nn.Linear(8, 16))
+    learn, cb = learner(sequences(m)), SparsifyCallback(50, granularity, 'local', exclude='head')
+    journal = Journal(cb)
+    fit(learn, 2, [cb, journal])
+    assert cb.current_sparsity == pytest.approx(50, abs=3) and journal.regrown == 0 and journal.dense_state == 0
+    state = copy.deepcopy(cb.sparsifier.state_dict())
+    other = Sparsifier(copy.deepcopy(learn.model), granularity, 'local', exclude='head')
+    other.load_state_dict(state)
+    assert other.sparsity() == cb.current_sparsity
+
+
+def language_model():
+    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
+    from fastai.text.models.core import get_language_model
+    return get_language_model(AWD_LSTM, 30, config=dict(awd_lstm_lm_config, emb_sz=16, n_hid=24, n_layers=2))
+
+
+def test_awd_lstm_is_zero_where_its_forward_uses_it():
+    from fastai.callback.rnn import ModelResetter, RNNCallback
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    x = torch.randint(0, 30, (48, 6), generator=torch.Generator().manual_seed(0))
+    items = list(zip(x, x.roll(-1, 1)))
+    learn = learner(language_model(), DataLoaders(DataLoader(items, bs=8), DataLoader(items, bs=8)), metrics=[], cbs=[ModelResetter, RNNCallback])
+    cb = SparsifyCallback(80)
+    fit(learn, 2, cb)
+    s = cb.sparsifier
+    assert list(s.targets) == [f'0.rnns.{i}.{n}' for i in (0, 1) for n in ('weight_hh_l0_raw', 'module.weight_ih_l0')] and '0.encoder' in s.left_dense
+    assert s.sparsity() == pytest.approx(80, abs=.1) and s.reach() > 85
+    learn.model.eval()
+    with torch.no_grad(): learn.model(x[:8])
+    for i, rnn in enumerate(learn.model[0].rnns): assert not rnn.module.weight_hh_l0.detach()[~s.masks[f'0.rnns.{i}.weight_hh_l0_raw']].any()
+    assert (learn.model[0].encoder.weight != 0).all()
+
+
+def test_two_callbacks_on_the_parameters_of_one_layer():
+    learn = learner(sequences(nn.LSTM(8, 16, batch_first=True)))
+    one, two = SparsifyCallback(50, layers='*_ih_*'), SparsifyCallback(75, layers='*_hh_*')
+    fit(learn, 1, [one, two])
+    assert (one.current_sparsity, two.current_sparsity) == (50, 75)
+    with pytest.raises(ValueError, match='prune the same layers: net.weight_hh_l0'): fit(learn, 1, [SparsifyCallback(50), SparsifyCallback(75, layers='*_hh_*')])
