@@ -31,7 +31,8 @@ from .select import by_reason, check_selector
 from .plan import Cost, check_options, check_request, hint_percent, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
-from .report import SparsityReport
+from .learner import first_inputs
+from .report import DryRun, SparsityReport
 from .watch import map_tensors
 from .files import SavedFile, save_sparse as save_state
 
@@ -271,6 +272,17 @@ def current_sparsity(self:SparsifyCallback) -> float: # Percent
 def report(self:SparsifyCallback) -> SparsityReport: # A value that shows itself as a table
     "What is zero now, counted layer by layer"
     return self._made().report()
+
+@patch
+def dry_run(self:SparsifyCallback,
+    learn:Learner, # With a model and training data; both are as they were afterwards
+    example_input=None, # What the model takes; None for two samples of the first batch
+) -> DryRun: # A report of every tensor of two or more axes
+    "What a fit with this callback would come to, judged by the weights as they are now"
+    example = first_inputs(learn) if example_input is None else example_input
+    made = Sparsifier(get_model(learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude,
+                      example_input=example)
+    return made.dry_run(self.sparsity, self.round_to)
 
 @patch
 def state_dict(self:SparsifyCallback) -> dict: # Tensors and numbers only

@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/sparsifier.html.md"""
 __all__ = ['Sparsifier']
 
 # %% ../nbs/09_sparsifier.ipynb #c6138ee3
-import math
+import math, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -21,13 +21,13 @@ from .granularity import NM, Coupled, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
 from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_evenly, keep_mask, one_thread, spread
 from .method import allocate, as_method, floors, global_, local
-from .select import by_reason, find_targets, select_tensors, tensor_id
+from .select import by_reason, find_targets, places, select_tensors, tensor_id
 from .plan import Cost, Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
-from .plan import SparsityWarning # noqa: F401 (it is part of what a user catches)
+from .plan import SparsityWarning
 from .dependants import Dependants, dependants, native_forward
 from .coupled import coupled_units
 from .flow import flow
-from .report import SparsityReport, read_weight, sparsity_report
+from .report import DryRun, LayerReport, PlannedLayer, SparsityReport, read_weight, sparsity_report
 
 # %% ../nbs/09_sparsifier.ipynb #daf5ea76
 class _Scores(Scores):
@@ -610,6 +610,34 @@ Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
     if isinstance(v, dict): return {k: _copied(x) for k,x in v.items()}
     return v.clone() if isinstance(v, torch.Tensor) else set(v) if isinstance(v, set) else v
+
+# %% ../nbs/09_sparsifier.ipynb #f4a1a548
+@patch
+@check_options
+def dry_run(self:Sparsifier,
+    sparsity:float|dict|Cost, # As for `prune_model`
+    round_to:int|None=None, # What remains of each layer is a multiple of this many groups
+) -> DryRun: # A report of what would be; the model is as it was
+    "What `prune_model` would do to each tensor of the model"
+    with self.trial(), warnings.catch_warnings():
+        warnings.simplefilter('ignore', SparsityWarning) # what they say is in the report
+        self.prune_model(sparsity, round_to)
+        report,seen = self.report(),{}
+        for p in places(self.model):
+            if p.layer._parameters.get(p.param) is not None: seen.setdefault(p.id, p)
+        rows = [self._planned_row(p) for p in seen.values()]
+        return DryRun(tuple(rows), report.all_zeros, report.all_weights, tuple(self._told) + tuple(self.flow_notes()))
+
+@patch
+def _planned_row(self:Sparsifier, p):
+    t = next((t for t in self.targets.values() if t.name not in self.frozen and p.id == tensor_id(t.layer, t.param)), None)
+    try: row = {k: v for k,v in vars(LayerReport.of(p.name, p.layer, p.param)).items() if k != 'name'}
+    except ValueError as e: return PlannedLayer(p.name, type(p.layer).__name__, (), 0, 0, why=str(e))
+    if t is None: return PlannedLayer(p.name, **row, why=self.left_dense.get(p.label, 'left out, or not asked for'))
+    alive = t.groups.alive(self._mask_now(t))
+    follows = tuple(f.name for f in self._followers if t.name in f.targets and not self._following.get(f.name, alive).all())
+    plan = f'{self.granularity}, {_name(self.method)}, {_name(self.criteria)}'
+    return PlannedLayer(p.name, **row, plan=plan, groups=(int(alive.sum()), alive.numel()), follows=follows)
 
 # %% ../nbs/09_sparsifier.ipynb #c88fa2c9
 @patch

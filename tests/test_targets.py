@@ -306,3 +306,38 @@ def test_two_callbacks_on_the_parameters_of_one_layer():
     fit(learn, 1, [one, two])
     assert (one.current_sparsity, two.current_sparsity) == (50, 75)
     with pytest.raises(ValueError, match='prune the same layers: net.weight_hh_l0'): fit(learn, 1, [SparsifyCallback(50), SparsifyCallback(75, layers='*_hh_*')])
+
+
+# before it is done
+
+def test_a_dry_run_lists_every_matrix_and_changes_nothing():
+    m = LM()
+    m.extra = nn.Parameter(torch.ones(3, 4))
+    before = copy.deepcopy(m.state_dict())
+    s = Sparsifier(m, 'row', 'local', exclude='ff')
+    d = s.dry_run(50)
+    assert [r.name for r in d.layers] == ['extra', 'encoder.weight', 'rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'ff.weight']
+    assert [r.zeros for r in d.layers] == [0, 0, 512, 512, 0] and [bool(r.plan) for r in d.layers] == [False, False, True, True, False]
+    assert 'not a prunable type' in d.layers[0].why and 'only when it is named' in d.layers[1].why and 'left out' in d.layers[4].why
+    assert d.layers[2].groups == (32, 64) and 'row, local, large_final' in str(d) and '<table>' in d._repr_html_() and len(d.to_dataframe()) == 5
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()) and s.sparsity() == 0 and all(k.all() for k in s.masks.values())
+    s.prune_model(50)
+    assert [r.zeros for r in s.report().layers] == [512, 512], 'what it said'
+
+
+def test_a_dry_run_says_what_follows_and_what_is_asked_in_vain():
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    d = Sparsifier(m, 'filter', 'local', example_input=torch.randn(2, 3, 8, 8)).dry_run(50)
+    assert set(d.layers[0].follows) == {'0.bias', '1.weight', '1.bias'} and d.layers[1].why.startswith('its outputs are outputs of the model')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert 'asked for 50 % zeros' in str(Sparsifier(nn.Linear(3, 3), 'row', 'local').dry_run(50))
+    with pytest.raises(ValueError, match='did you mean 50'): Sparsifier(nn.Linear(3, 3)).dry_run(.5)
+
+
+def test_a_dry_run_of_a_callback():
+    learn = learner()
+    before, rng = copy.deepcopy(learn.model.state_dict()), torch.get_rng_state()
+    d = SparsifyCallback(50, 'coupled', 'local').dry_run(learn)
+    assert [r.name for r in d.layers if r.plan] == ['0.weight', '3.weight'] and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items()) and learn.opt is None
