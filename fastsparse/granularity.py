@@ -68,7 +68,7 @@ def register_layer(
     parts = _read_axes(axes)
     _check_axes(cls, axes, parts, granularities)
     main = tuple(next(n for n,s in ps if s is None) for ps in parts)
-    _layer_types.setdefault(cls, {})[param] = LayerType(main, dict(granularities), parts, default)
+    _layer_types[cls] = {**_layer_types.get(cls, {}), param: LayerType(main, dict(granularities), parts, default)}
 
 # %% ../nbs/00_granularity.ipynb #eb757227
 for d,spatial in {2: 'kh kw', 1: 'k', 3: 'kd kh kw'}.items():

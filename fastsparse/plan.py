@@ -17,7 +17,6 @@ from typing import Callable
 from torch import nn
 from .flow import Flow
 from .granularity import NM, Coupled, as_granularity, did_you_mean
-from .method import global_
 from .select import Target, check_selector, find_targets
 
 # %% ../nbs/08_plan.ipynb #63eda611
@@ -69,7 +68,7 @@ class Params(Cost):
 
 # %% ../nbs/08_plan.ipynb #e0d675df
 def check_sparsity(
-    sparsity, # Percent, a dict {layer selector: percent}, or a `Cost`
+    sparsity, # Percent, a dict {selector: percent or None}, or a `Cost`
 ):
     "Raise a ValueError unless `sparsity` is a percentage, a dict of percentages, `MACs` or `Params`"
     if isinstance(sparsity, Cost): return
@@ -81,7 +80,9 @@ def check_sparsity(
         check_selector(selector, 'sparsity key')
         if isinstance(percent, (dict, Cost)):
             raise ValueError(f"the sparsity of {selector!r} is {percent!r}; it has to be a percentage from 0 to 100")
-        _check_percent(percent)
+        if percent is not None: _check_percent(percent)
+    if all(p is None for p in sparsity.values()):
+        raise ValueError(f"sparsity={sparsity} leaves all dense; give at least one layer a percentage")
 
 def _check_percent(sparsity):
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
@@ -119,9 +120,6 @@ def check_request(
     if round_to is not None and (type(round_to) is not int or round_to < 1):
         raise ValueError(f"round_to={round_to!r} has to be a whole number of groups, at least 1, such as 8; "
                          "or None for no rounding")
-    if isinstance(sparsity, dict) and method is global_ and not isinstance(granularity, NM):
-        raise ValueError("a dict gives each layer its own sparsity, but method='global' shares one sparsity out "
-                         "over all layers; use method='local'")
     if isinstance(granularity, NM): _check_pattern(sparsity, granularity, round_to)
     if isinstance(sparsity, Cost) and not isinstance(granularity, Coupled):
         raise ValueError(f"{sparsity} counts in the model that is left when whole channels are cut out; "

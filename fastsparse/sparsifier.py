@@ -58,6 +58,13 @@ class _Scores(Scores):
 
 # %% ../nbs/09_sparsifier.ipynb #51c00d86
 @patch
+def part(self:_Scores, idxs): # of some of these layers, with the same random numbers
+    if 'generator' in self.sparsifier._reads and self.seed is None: self.seed = int(torch.randint(2**62, ()))
+    some = _Scores(self.sparsifier, [self.layers[i] for i in idxs])
+    some.number,some.seed,some.dtype = self.number,self.seed,self.dtype
+    return some
+
+@patch
 def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks, t.name, t.weight)
 
 @patch
@@ -403,7 +410,8 @@ def _each(self:Sparsifier, sparsity, units):
     for selector,percent in sparsity.items():
         meant = select_tensors(self.model, selector, 'sparsity key')
         ids = {p.id for p in meant}
-        found = {u.name: float(percent) for u in units if any(tensor_id(t.layer, t.param) in ids for t in u.parts)}
+        percent = None if percent is None else float(percent)
+        found = {u.name: percent for u in units if any(tensor_id(t.layer, t.param) in ids for t in u.parts)}
         if not found:
             reasons = by_reason({p.label: self.left_dense[p.label] for p in meant if p.label in self.left_dense})
             why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
@@ -411,7 +419,7 @@ def _each(self:Sparsifier, sparsity, units):
             raise ValueError(f"sparsity key {selector!r} means none of the layers to prune"
                              f"{f' ({why})' if why else ''}, which are {known}")
         percents |= found
-    return percents
+    return {n: p for n,p in percents.items() if p is not None}
 
 # %% ../nbs/09_sparsifier.ipynb #cc455192
 @patch
@@ -486,6 +494,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
 def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     "Groups that each unit loses; the units that are down to the floor; those of them that are for their low scores"
     if plan.cost: return self._meet(plan, progress, method, scores, n, step)
+    if method is global_ and len(set(plan.end.values())) > 1: return self._by_percent(plan, progress, scores, n, step)
     targets = scores.layers
     sizes = {t.name: t.size for t in targets}
     wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._lost_of[t.name] for t in targets]
@@ -508,6 +517,19 @@ def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     floor = [max(f//r, 1)*r for f,r in zip(floor, each)]
     squeezed = {i for i,k in enumerate(lost) if n[i]-k == floor[i] and not level[i]}
     return lost,set() if plan.round_to else squeezed | {i for i,l in enumerate(level) if l},squeezed
+
+# %% ../nbs/09_sparsifier.ipynb #0f7b9db7
+@patch
+def _by_percent(self:Sparsifier, plan, progress, scores, n, step):
+    lost,held,squeezed = [0]*len(n),set(),set()
+    for percent in dict.fromkeys(plan.end.values()):
+        at = [i for i,u in enumerate(scores.layers) if plan.end[u.name] == percent]
+        part = replace(plan, end={scores.layers[i].name: percent for i in at})
+        found = self._share_out(part, progress, global_, scores.part(at), [n[i] for i in at], [step[i] for i in at])
+        for i,k in zip(at, found[0]): lost[i] = k
+        held |= {at[j] for j in found[1]}
+        squeezed |= {at[j] for j in found[2]}
+    return lost,held,squeezed
 
 # %% ../nbs/09_sparsifier.ipynb #37b4c90e
 @patch

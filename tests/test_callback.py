@@ -203,7 +203,7 @@ def test_the_learner_keeps_nothing():
 BAD = [
     (dict(sparsity=-5), r'sparsity=-5 .*0 to 100'), (dict(sparsity=150), r'sparsity=150 .*0 to 100'), (dict(sparsity=.7), r'0\.7.*did you mean 70\?'),
     (dict(sparsity=float('nan')), r'nan.*0 to 100'), (dict(sparsity=True), r'True is not a number.*0 to 100'), (dict(sparsity='abc'), r"'abc' is not a number.*such as 70"),
-    (dict(sparsity=None), r'None is not a number'), (dict(sparsity={}), r'empty dict.*50'), (dict(sparsity={'0': 50}, method='global'), r"use method='local'"),
+    (dict(sparsity=None), r'None is not a number'), (dict(sparsity={}), r'empty dict.*50'), (dict(sparsity={'0': None}), r"leaves all dense"),
     (dict(sparsity={'0': 150}, method='local'), r'sparsity=150 .*0 to 100'), (dict(granularity='wieght'), r"'wieght' is unknown.*weight.*filter"),
     (dict(method='locally'), r"'locally' is unknown.*'local'.*'global'"), (dict(criteria='big'), r"'big' is unknown.*large_final"),
     (dict(schedule='agpp'), r"'agpp' is unknown.*agp"), (dict(schedule=.5), r'0\.5 is unknown'), (dict(round_to=0), r'round_to=0 .*at least 1'), (dict(round_to=-4), r'round_to=-4 '),

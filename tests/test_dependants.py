@@ -601,13 +601,14 @@ def test_without_an_example_a_frozen_norm_is_told():
 
 def test_an_embedding_has_no_channels_for_outputs():
     from fastsparse.granularity import _layer_types, register_layer
+    before = dict(_layer_types)
     register_layer(nn.Embedding, 'out in', {'row': 'out'})
     try:
         for kw in ({}, dict(example_input=torch.arange(8))):
             model = nn.Sequential(nn.Embedding(8, 8), nn.BatchNorm1d(8))
             sparsify(model, granularity='row', **kw)
             assert model[1].weight.all()
-    finally: del _layer_types[nn.Embedding]
+    finally: _layer_types.update(before)
 
 
 def test_heads_that_only_training_uses_are_followed():

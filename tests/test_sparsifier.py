@@ -361,9 +361,30 @@ def test_a_dict_says_which_layer_is_off():
         Sparsifier(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4)), 'row', 'local').prune_model({'0': 40, '1': 25})
 
 
-def test_a_dict_needs_local():
-    with pytest.raises(ValueError, match="a dict gives each layer its own sparsity, but method='global'.*use method='local'"):
-        Sparsifier(small_net()).prune_model({'0': 50})
+@pytest.mark.parametrize('criteria', ['large_final', 'random_score'])
+def test_several_percentages_are_rankings_of_their_own(criteria):
+    "Those that share a percentage compete, as if there were no others"
+    torch.manual_seed(0)
+    m = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
+    with torch.no_grad(): m[0].weight.mul_(3)
+    alone = copy.deepcopy(m[:2])
+    s = Sparsifier(m, criteria=criteria)
+    s.prune_model({'0': 50, '1': 50, '2': 75, '3': 75, '4': None})
+    gone = [int((k.weight == 0).sum()) for k in m]
+    assert gone[0] + gone[1] == 64 and gone[2] + gone[3] == 96 and gone[4] == 0
+    if criteria == 'large_final':
+        assert gone[0] < gone[1]
+        Sparsifier(alone).prune_model(50)
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, m))
+    s.prune_model({'*': 80, '4': None})
+    assert sum(int((k.weight == 0).sum()) for k in m) == round(.8*256) and (m[4].weight != 0).all()
+
+
+def test_the_last_key_wins_and_none_leaves_dense():
+    s = Sparsifier(small_net(), method='local')
+    s.prune_model({'*': 50, '0': None, '3': 25})
+    assert [r.percent for r in s.report().layers] == [0, 25, 50]
+    with pytest.raises(ValueError, match='leaves all dense'): s.prune_model({'*': None})
 
 
 @pytest.mark.parametrize('bad,says',
