@@ -26,6 +26,7 @@ from .plan import Cost, Plan, asked_and_got, check_options, check_request, diffe
 from .plan import SparsityWarning # noqa: F401 (it is part of what a user catches)
 from .dependants import Dependants, dependants, native_forward
 from .coupled import coupled_units
+from .compact import uncuttable
 from .flow import flow
 from .report import SparsityReport, read_weight, sparsity_report
 
@@ -196,7 +197,7 @@ def _start_coupled(self:Sparsifier, example_input):
 def _couple(self:Sparsifier, example_input):
     f,layers = flow(self.model, example_input),{t.name: t.layer for t in self._candidates}
     found = dependants(self.model, layers, example_input)
-    units,stay = coupled_units(self.model, self._candidates, f, {x.name for x in found.followers}, self.granularity.reduce)
+    f,units,stay = self._cuttable(f, {x.name for x in found.followers}, example_input)
     part,held = {t.name for u in units.values() for t in u.parts},{t.layer_name: stay.get(t.name) for t in self._candidates}
     self._check_units(units, held)
     self._take(found)
@@ -205,6 +206,14 @@ def _couple(self:Sparsifier, example_input):
     self.left_dense |= {n: next(iter(why)) for n,why in held.items() if n not in names}
     self._stay = {n: why for n,why in held.items() if n in names and why}
     self.reset()
+
+@patch
+def _cuttable(self:Sparsifier, f, followers, example_input): # what a cut would break is pinned, too
+    couple = lambda f: coupled_units(self.model, self._candidates, f, followers, self.granularity.reduce)
+    units,stay = couple(f)
+    broken = uncuttable(self.model, f, example_input, {c for u in units.values() for c in u.classes.tolist()})
+    if broken: units,stay = couple(f := replace(f, pinned=f.pinned | broken))
+    return f,units,stay
 
 @patch
 def _check_units(self:Sparsifier, units, held):

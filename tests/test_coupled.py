@@ -135,6 +135,26 @@ def test_a_part_that_stays_is_told():
     assert list(s.targets) == ['b.weight'] and 'slice' in s.left_dense['a']
 
 
+WRITTEN = {
+    'a view': lambda: Forward(lambda s, x: s.h(s.f(s.b(s.a(x).relu()).relu().view(-1, 8*64)).relu()), a=conv(3, 6), b=conv(6, 8), f=nn.Linear(512, 6), h=nn.Linear(6, 4)),
+    'pieces': lambda: Forward(lambda s, x: s.h(sum(s.b(s.a(x)).split(4, 1))), a=conv(3, 6), b=conv(6, 8), h=conv(4, 2)),
+    'a recurrence': lambda: Forward(lambda s, x: s.h(s.r(s.b(s.a(x.mean(1)).relu()))[0]), a=nn.Linear(8, 6), b=nn.Linear(6, 8), r=nn.GRU(8, 5, batch_first=True), h=nn.Linear(5, 2)),
+    'an attention': lambda: Forward(lambda s, x: s.h((lambda y: s.r(y, y, y)[0])(s.b(s.a(x.mean(1)).relu()))), a=nn.Linear(8, 6), b=nn.Linear(6, 8), r=nn.MultiheadAttention(8, 2, batch_first=True), h=nn.Linear(8, 2)),
+}
+
+
+@pytest.mark.parametrize('kind', WRITTEN)
+def test_what_could_be_pruned_but_never_cut_is_left_dense(kind):
+    torch.manual_seed(0)
+    m = stir(WRITTEN[kind]())
+    s = Sparsifier(m, 'coupled', 'local', example_input=image)
+    assert 'the smaller model fails' in s.left_dense['b'] and 'a.weight' in s.units
+    s.prune_model(MACs(10))
+    c = compact(m, image)
+    dead = {k for u in s.units.values() for k in u.classes[~s._alive(u)[0]].tolist()}
+    assert equal(m, c.model, image) and c.macs[1] == s._flow.macs(dead) and not any(t.zeros for t in c.tensors)
+
+
 # exact, and together
 
 @pytest.mark.parametrize('criterion', available_criteria())
