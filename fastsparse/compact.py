@@ -278,16 +278,26 @@ def uncuttable(
     model:nn.Module, # Any model; it is not changed
     f:Flow, # Its flow
     example_input, # What it takes: a tensor, a tuple of arguments, or a dict
-    classes:set[int], # Classes that may go
-) -> dict[int,str]: # Those without which the smaller model fails, and how
-    "What a cut would break"
+    classes:set[int], # Classes that may be pruned
+    pruned=None, # Function of some classes to all (tensor, values without these classes); None looks only at the cut
+) -> dict[int,str]: # Those that would stay, and why
+    "What could be pruned, but never cut"
     model,example,units = unwrap(model),plain(example_input),_units(f, classes)
+    gone = _but_one(f, {min(some) for some in units.values()})
     def judge(small):
         try: _Judge.run(small, example)
         except Exception as e: return _failure(e)
     search = _Search(model, f, judge, tries=200)
-    search.cut(_units(f, _but_one(f, {min(some) for some in units.values()})))
-    return {c: why for axes,why in search.refused.items() for c in units[axes]}
+    search.cut(_units(f, gone))
+    refused = search.refused | (_loud(model, f, example, gone, pruned) if pruned else {})
+    return {c: why for axes,why in refused.items() for c in units[axes]}
+
+def _loud(model, f, example, gone, pruned): # axes of classes that are read though they are pruned, and where
+    quiet = flow(_twin(model, {id(t): _like(t, new) for t,new in pruned(gone)}), example)
+    constant = _constants(quiet) # of which one can stand for all
+    loud = {c: where for c,where in quiet.alive().items() if c not in constant}
+    return {axes: f'pruned, they would not be zero where {loud[c] or "the model"} reads them'
+            for axes,some in _units(f, gone & loud.keys()).items() for c in some}
 
 # %% ../nbs/10a_compact.ipynb #ef28c837
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _start_coupled(self:Sparsifier, example_input):
 def _couple(self:Sparsifier, example_input):
     f,layers = flow(self.model, example_input),{t.name: t.layer for t in self._candidates}
     found = dependants(self.model, layers, example_input)
-    f,units,stay = self._cuttable(f, {x.name for x in found.followers}, example_input)
+    units,stay = self._cuttable(f, found.followers, example_input)
     part,held = {t.name for u in units.values() for t in u.parts},{t.layer_name: stay.get(t.name) for t in self._candidates}
     self._check_units(units, held)
     self._take(found)
@@ -208,12 +208,21 @@ def _couple(self:Sparsifier, example_input):
     self.reset()
 
 @patch
-def _cuttable(self:Sparsifier, f, followers, example_input): # what a cut would break is pinned, too
-    couple = lambda f: coupled_units(self.model, self._candidates, f, followers, self.granularity.reduce)
-    units,stay = couple(f)
-    broken = uncuttable(self.model, f, example_input, {c for u in units.values() for c in u.classes.tolist()})
-    if broken: units,stay = couple(f := replace(f, pinned=f.pinned | broken))
-    return f,units,stay
+def _cuttable(self:Sparsifier, f, followers, example_input): # what would be pruned, but could not be cut, is pinned too
+    names,pinned = {x.name for x in followers},f.pinned
+    couple = lambda: coupled_units(self.model, self._candidates, f, names, self.granularity.reduce)
+    units,stay = couple()
+    classes = {c for u in units.values() for c in u.classes.tolist()}
+    f.pinned = pinned | uncuttable(self.model, f, example_input, classes, lambda gone: _without(units, followers, gone))
+    return couple() if len(f.pinned) > len(pinned) else (units,stay)
+
+def _without(units, followers, gone): # tensors, and their values without some classes
+    masks,targets = {},{t.name: t for u in units.values() for t in u.parts}
+    now = lambda t: masks.get(t.name, torch.ones_like(t.weight, dtype=torch.bool))
+    for u in units.values(): masks |= u.masks(torch.tensor([c not in gone for c in u.classes.tolist()]), now)
+    alive = {n: output_groups(targets[n].layer).alive(m)[0] for n,m in masks.items()}
+    return [(targets[n].layer.weight, targets[n].weight*m) for n,m in masks.items()] + [
+            (x.tensor, x.tensor.detach()*x.mask(alive)) for x in followers]
 
 @patch
 def _check_units(self:Sparsifier, units, held):

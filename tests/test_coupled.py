@@ -143,6 +143,25 @@ WRITTEN = {
 }
 
 
+class Tied(nn.Module):
+    "The embedding is also the last layer, and so gives what that reads"
+    def __init__(self): super().__init__(); self.e, self.a, self.b, self.o = nn.Embedding(10, 6), nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 10); self.o.weight = self.e.weight
+    def forward(self, x): return self.o(self.b(self.a(self.e(x)).relu()).relu())
+
+
+class Beside(nn.Module):
+    "Something is added at each place that is the same for all channels"
+    def __init__(self): super().__init__(); self.a, self.b, self.c = conv(3, 6), conv(6, 6), conv(6, 2); self.register_buffer('at', torch.rand(1, 1, 8, 8)); self.register_buffer('one', torch.rand(1))
+    def forward(self, x): return self.c((self.b((self.a(x) + self.one).relu()) + self.at).relu())
+
+
+@pytest.mark.parametrize('make, example', [(Tied, torch.arange(6)[None]), (Beside, image)])
+def test_what_would_not_be_zero_where_it_is_read_is_left_dense(make, example):
+    torch.manual_seed(0)
+    s = Sparsifier(make().eval(), 'coupled', 'local', example_input=example)
+    assert list(s.units) == ['a.weight'] and 'pruned, they would not be zero where' in s.left_dense['b']
+
+
 @pytest.mark.parametrize('kind', WRITTEN)
 def test_what_could_be_pruned_but_never_cut_is_left_dense(kind):
     torch.manual_seed(0)
