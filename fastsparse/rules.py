@@ -237,7 +237,7 @@ def _matmul(self, op):
     operands = [(ra, (*a.shape[:-1], 1)), (rb, (*b.shape[:-2], 1, b.shape[-1]))]
     if bias: operands.append((self.labels(bias), bias.shape)); K = K + lift(self.known(bias), n)
     out = self.merge(operands, n, reason(op))
-    gives = next((L.reshape(-1) for L in out if varying(L) in ([n-1], [0])), None)
+    gives = next((L.reshape(-1) for d in (n-1, 0) for L in out if varying(L) == [d]), None)
     if n == 3: self.heads += [L for L in out if varying(L) == [0]]
     self.contractions.append(Contraction(op.where, math.prod(op.outs[0].shape)*k, la if la is not None else lb, gives))
     return Info(out, alike(K))

@@ -68,6 +68,7 @@ KINDS = {
     'flattened': (lambda: nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 6), nn.ReLU(), nn.Linear(6, 2)), {'0.weight': (4, [('0', 1)]), '2.weight': (6, [('2', 1)])}),
     'gated': (lambda: Forward(lambda s, x: s.c(F.silu(s.a(x))*s.b(x)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 2)), {'a.weight': (8, [('a', 1), ('b', 1)])}),
     'in halves': (lambda: Forward(lambda s, x: s.b(s.a(x).chunk(2, 1)[0]*s.a(x).chunk(2, 1)[1]), a=conv(3, 8), b=conv(4, 2)), {'a.weight': (4, [('a', 2)])}),
+    'along tokens': (lambda: Forward(lambda s, x: s.c(s.b(s.a(x.mean(1)).transpose(1, 2)).relu()), a=nn.Linear(8, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 2)), {'b.weight': (6, [('b', 1)])}),
     'used twice': (lambda: Forward(lambda s, x: s.b(s.a(s.stem(x).relu()) + s.a(s.stem(x))), stem=conv(3, 8), a=conv(8, 6), b=conv(6, 2)), {'stem.weight': (8, [('stem', 1)]), 'a.weight': (6, [('a', 1)])}),
 }
 
