@@ -175,6 +175,29 @@ def test_what_could_be_pruned_but_never_cut_is_left_dense(kind):
     assert equal(m, c.model, image) and c.macs[1] == s._flow.macs(dead) and not any(t.zeros for t in c.tensors)
 
 
+class Auxiliary(nn.Module):
+    "A head and a branch that only training uses"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.aux, self.head = conv(3, 8), nn.Sequential(conv(8, 8), nn.BatchNorm2d(8)), conv(3, 6), conv(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = F.dropout(self.a(x).relu(), .5, self.training)
+        if not self.training: return self.head(self.b(y).relu().mean((2, 3)))
+        return self.head((self.b(y) + self.d(self.c(x))).relu().mean((2, 3))), self.aux(y.mean((2, 3)))
+
+
+def test_what_only_training_uses_is_followed_too():
+    torch.manual_seed(0)
+    m = stir(Auxiliary())
+    assert units(m) == {'a.weight': (8, [('a', 1)]), 'b.0.weight': (8, [('b.0', 1), ('d', 1)]), 'c.weight': (6, [('c', 1)])}
+    s = Sparsifier(m, 'coupled', 'local', example_input=image)
+    s.prune_model(50)
+    c = compact(m, image)
+    assert equal(m, c.model, image) and not any(t.zeros for t in c.tensors) and c.model.c.out_channels == 3
+    assert [tuple(o.shape) for o in c.model.train()(image)] == [(2, 4), (2, 4)]
+
+
 # exact, and together
 
 @pytest.mark.parametrize('criterion', available_criteria())
