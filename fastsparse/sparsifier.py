@@ -349,6 +349,7 @@ def prune_layer(self:Sparsifier,
     "Prune one layer to `sparsity` percent, and no other but those that its outputs are coupled with"
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
     meant = lambda t: layer == t.name or (module is not None and tensor_id(module) == tensor_id(t.layer))
+    self._check_known()
     found = [u for u in self.units.values() if any(map(meant, u.parts))]
     if not found: self._no_layer(layer)
     if isinstance(sparsity, (dict, Cost)):
@@ -387,7 +388,7 @@ def plan(self:Sparsifier,
 @patch
 def _plan(self:Sparsifier, sparsity, round_to, units, method):
     check_request(sparsity, self.granularity, self.method, round_to)
-    if not self.units: raise ValueError("which outputs go together is not known yet; call watch(example_input) first")
+    self._check_known()
     self._check_current([t for u in units for t in u.parts])
     cost = sparsity if isinstance(sparsity, Cost) else None
     if isinstance(sparsity, dict): end = self._each(sparsity, units)
@@ -403,6 +404,10 @@ def _plan(self:Sparsifier, sparsity, round_to, units, method):
     self._forget_untrue(end, method)
     start = {n: self._percent(self.units[n]) for n in end}
     return Plan(self._within(start, end, method), end, round_to, cost)
+
+@patch
+def _check_known(self:Sparsifier):
+    if not self.units: raise ValueError("which outputs go together is not known yet; call watch(example_input) first")
 
 def _bundle(u, round_to): # how many groups it takes for each part to lose a multiple of `round_to` outputs
     each = [e.shape[1] for e in getattr(u, 'entries', ())] or [1]
@@ -599,7 +604,10 @@ def _cost(self:Sparsifier, plan): # what was asked for, and what came of it; whe
     fewer,what = 100*(1 - left/full),plan.cost.unit
     said = f"cut out, {left:,} of {full:,} {what} are left, {fewer:.4g} % fewer"
     if abs(fewer - plan.cost.percent) <= 1: return said,False
-    return f"asked for {plan.cost.percent:g} % fewer {what}: {said}; no whole groups come nearer",True
+    there = round(sum(plan.start[n]*self.units[n].size/100 for n in plan.end)) == sum(self._lost_of[n] for n in plan.end)
+    why = 'these groups were pruned before, and stay' if there and fewer > plan.cost.percent else (
+          'the nearest that whole groups allow, in the order of their scores')
+    return f"asked for {plan.cost.percent:g} % fewer {what}: {said}; {why}",True
 
 # %% ../nbs/09_sparsifier.ipynb #c20c0a96
 @patch

@@ -358,8 +358,22 @@ def test_a_cost_rises_with_the_schedule_and_nothing_returns():
 
 def test_a_cost_out_of_reach_is_told():
     m = residual()
-    with pytest.warns(SparsityWarning, match='asked for 100 % fewer multiply-adds: cut out, .* no whole groups come nearer'): Sparsifier(m, 'coupled', 'local', example_input=image).prune_model(MACs(100))
+    with pytest.warns(SparsityWarning, match='asked for 100 % fewer multiply-adds: cut out, .* the nearest that whole groups allow, in the order of their scores'): Sparsifier(m, 'coupled', 'local', example_input=image).prune_model(MACs(100))
     assert alive(m.stem).sum() == 1
+
+
+def test_a_cost_that_was_passed_before_is_told():
+    s = Sparsifier(residual(), 'coupled', 'local', example_input=image)
+    s.prune_model(MACs(70))
+    before = s.sparsity()
+    with pytest.warns(SparsityWarning, match='asked for 20 % fewer multiply-adds: .* these groups were pruned before, and stay'): s.prune_model(MACs(20))
+    assert s.sparsity() == before
+
+
+def test_nothing_can_be_pruned_before_it_is_known_what_goes_together():
+    s = Sparsifier(residual(), 'coupled', example_input=...)
+    for prune in (lambda: s.prune_model(50), lambda: s.prune_layer('up', 50)):
+        with pytest.raises(ValueError, match='call watch'): prune()
 
 
 @pytest.mark.parametrize('make, says', [(lambda: MACs(.5), 'did you mean 50'), (lambda: MACs(120), '100'), (lambda: Params(None), 'not a number'), (lambda: SparsifyCallback(MACs(50)), "granularity='coupled'"),
@@ -464,6 +478,20 @@ def test_fine_tune_prunes_in_its_second_half():
     learn, cb = learner(nn.Sequential(net()[:6], nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))), splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())]), SparsifyCallback(50, 'coupled', 'local')
     with quiet(learn): learn.fine_tune(1, cbs=cb)
     assert alive(learn.model[0][0]).sum() == 4 and alive(learn.model[0][3]).sum() == 8
+
+
+class Whole(nn.Module):
+    "Takes whole batches only"
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x):
+        if len(x) < 16: raise RuntimeError('a batch has at least 16 samples')
+        return self.net(x)
+
+
+def test_a_batch_that_cannot_be_cut_is_watched_whole():
+    learn, cb = learner(Whole()), SparsifyCallback(50, 'coupled', 'local')
+    fit(learn, 1, cb)
+    assert alive(learn.model.net[0]).sum() == 4
 
 
 def test_in_a_fit_that_cannot_be_watched_nothing_is_pruned_and_the_reason_is_told():
