@@ -136,7 +136,9 @@ class Sparsifier(MaskHolder):
         self._reads = evidence_of(self.criteria)
         self._named,self._shapes = layers is not None,{t.name: t.weight.shape for t in targets}
         self._coupled,self._flow,self._stay = None,None,{}
-        if isinstance(self.granularity, Coupled): return self._start_coupled(example_input)
+        if isinstance(self.granularity, Coupled):
+            self._start_coupled(example_input)
+            return
         example_input = None if example_input is ... else example_input
         self._take(self._dependants(example_input))
         if example_input is not None: self._leave_returned()
@@ -188,7 +190,7 @@ def _start_coupled(self:Sparsifier, example_input):
     if example_input is None:
         raise ValueError("granularity 'coupled' has to see one forward of the model to know which outputs go together; "
                          "pass example_input=, as many samples of a batch as the model needs (a fit takes its own)")
-    self._candidates,self._coupled = list(self.targets.values()),{}
+    self._candidates,self._coupled,self._others = list(self.targets.values()),{},dict(self.left_dense)
     self._take(Dependants([], []))
     if example_input is ...: self.reset()
     else: self._couple(example_input)
@@ -203,7 +205,7 @@ def _couple(self:Sparsifier, example_input):
     self._take(found)
     self._coupled,self._flow,self.targets = units,f,{t.name: t for t in self._candidates if t.name in part}
     names = {t.layer_name for t in self.targets.values()}
-    self.left_dense |= {n: next(iter(why)) for n,why in held.items() if n not in names}
+    self.left_dense = self._others | {n: next(iter(why)) for n,why in held.items() if n not in names}
     self._stay = {n: why for n,why in held.items() if n in names and why}
     self.reset()
 

@@ -198,6 +198,14 @@ def test_what_only_training_uses_is_followed_too():
     assert [tuple(o.shape) for o in c.model.train()(image)] == [(2, 4), (2, 4)]
 
 
+def test_another_example_may_show_other_things():
+    m = Forward(lambda s, x: s.o(s.a(x) if x.shape[-1] == 8 else s.b(x)), a=conv(3, 6), b=conv(3, 6), o=conv(6, 2))
+    s = Sparsifier(m, 'coupled', example_input=image)
+    assert list(s.targets) == ['a.weight'] and s.left_dense.keys() == {'b', 'o'}
+    s.watch(image[..., :4])
+    assert list(s.targets) == ['b.weight'] and s.left_dense.keys() == {'a', 'o'}
+
+
 # exact, and together
 
 @pytest.mark.parametrize('criterion', available_criteria())
