@@ -606,8 +606,9 @@ def _cost(self:Sparsifier, plan): # what was asked for, and what came of it; whe
     fewer,what = 100*(1 - left/full),plan.cost.unit
     said = f"cut out, {left:,} of {full:,} {what} are left, {fewer:.4g} % fewer"
     if abs(fewer - plan.cost.percent) <= 1: return said,False
-    there = round(sum(plan.start[n]*self.units[n].size/100 for n in plan.end)) == sum(self._lost_of[n] for n in plan.end)
-    why = 'these groups were pruned before, and stay' if there and fewer > plan.cost.percent else (
+    before = sum(plan.start[n]*self.units[n].size/100 for n in plan.end)
+    same = round(before) == sum(self._lost_of[n] for n in plan.end)
+    why = 'these groups were pruned before, and stay' if same and fewer > plan.cost.percent else (
           'the nearest that whole groups allow, in the order of their scores')
     return f"asked for {plan.cost.percent:g} % fewer {what}: {said}; {why}",True
 
