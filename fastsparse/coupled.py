@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Callable
 import torch
 from torch import nn
-from .flow import Flow, flow
-from .granularity import Granularity, Groups, layer_type
-from .select import Target, find_targets
+from .flow import Flow
+from .granularity import Groups, layer_type
+from .select import Target
 from .watch import named_tensors, unwrap
 
 # %% ../nbs/06g_coupled.ipynb #c3fdd839
