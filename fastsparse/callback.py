@@ -432,7 +432,9 @@ def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, a
     sample = lambda t: t[:2] if t.dim() else t
     few = tuple(x[:2] if isinstance(x, list) else map_tensors(sample, x) for x in self.xb) # a list is one of samples
     waited = not s.units
-    with torch.autocast(next(s.model.parameters()).device.type, enabled=False): s.watch(few)
+    with torch.autocast(next(s.model.parameters()).device.type, enabled=False):
+        try: s.watch(few)
+        except ValueError: s.watch(tuple(self.xb)) # not every batch can be cut
     if waited:
         self._set_out(s)
         self._begun()

@@ -110,6 +110,22 @@ def _settle(reader): # joined labels, with what is left of a split axis a block 
         root = components(reader.n, torch.cat(reader.edges[before:], 1), root)
     return root
 
+# %% ../nbs/06d_flow.ipynb #c4a4f560
+def _unused(rec): # names of parameters
+    used = {v for op in rec.ops for v in op.ins}
+    return {n for n,v in rec.named.items() if v not in used and isinstance(v.tensor, nn.Parameter)}
+
+def _read(model, example_input, rec): # and the forward that trains, where that uses more of the model
+    unused,also = _unused(rec),None
+    if unused:
+        try: also = watch(model, example_input, training=True)
+        except ValueError: pass # not every model trains on the example
+    if also is None or not unused - _unused(also): return Reader(rec)
+    reader,other = Reader(rec, rec.named.keys() - _unused(also)),Reader(also, rec.named.keys() - unused)
+    for k in ('edges','pins','splits','suspects','reads','heads'): getattr(reader, k).extend(getattr(other, k))
+    reader.returned = torch.cat([reader.returned, other.returned])
+    return reader
+
 # %% ../nbs/06d_flow.ipynb #97602245
 def _torch_heads(model, reader): # pins of heads that cannot go
     for name,m in unwrap(model).named_modules():
@@ -126,7 +142,7 @@ def flow(
     "Watch one forward of `model`, and follow every channel; the model is as it was afterwards"
     with torch.no_grad():
         rec = watch(model, example_input)
-        reader = Reader(rec)
+        reader = _read(model, example_input, rec)
         root = _settle(reader)
         pinned = {}
         for ids,why in [*_torch_heads(model, reader), *reader.pins]:

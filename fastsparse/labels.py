@@ -104,6 +104,7 @@ class Reader:
     "Labels and known values of all values of a recording"
     def __init__(self,
         rec:Recording, # One forward
+        elsewhere=frozenset(), # Names of parameters that another forward uses
     ):
         self.info,self.at,self.stale = {},{},set()
         self.slots,self.n = {},1 # labels of the axes of parameters and buffers
@@ -115,7 +116,7 @@ class Reader:
         for op in rec.ops: self.step(op)
         met = {v for op in rec.ops for v in op.ins}
         for name,v in rec.named.items():
-            if v not in met: self.forget([v], f'{name} is not used on the example')
+            if v not in met and name not in elsewhere: self.forget([v], f'{name} is not used on the example')
             if (other := self.parameter[v.memory]) != name:
                 self.forget([v, rec.named[other]], f'{name} shares its memory with {other}')
         before = len(self.pins)

@@ -153,6 +153,8 @@ def _index(self, op): # along the axes that are chosen from, the entries are tak
 _random = 'bernoulli native_dropout rand_like randn_like normal uniform random exponential'.split()
 
 def _pointwise(self, op):
+    if op.writes and op.name in _random and (of := vars(self).get('like', {}).get(op.args[0])): # noise for `of`
+        return Info(self.labels(of), unknown(of.ndim))
     n,seen = op.outs[0].ndim if op.outs else op.args[0].ndim,[]
     for v in op.ins:
         if v not in seen: seen.append(v)
@@ -191,7 +193,8 @@ def _filled(self, op):
 
 @flow_rule('empty_like', 'empty', 'new_empty', 'new_empty_strided', 'empty_strided', 'empty_permuted', 'arange',
            'linspace', 'rand', 'randn')
-def _fresh(self, op): return None
+def _fresh(self, op):
+    if op.name == 'empty_like': vars(self).setdefault('like', {})[op.outs[0]] = op.args[0]
 
 # %% ../nbs/06c_rules.ipynb #41ae3c56
 def _any(t, keep, size): # whether any element is True, for each place along the axis `keep`
@@ -237,7 +240,7 @@ def _matmul(self, op):
     operands = [(ra, (*a.shape[:-1], 1)), (rb, (*b.shape[:-2], 1, b.shape[-1]))]
     if bias: operands.append((self.labels(bias), bias.shape)); K = K + lift(self.known(bias), n)
     out = self.merge(operands, n, reason(op))
-    gives = next((L.reshape(-1) for L in out if varying(L) in ([n-1], [0])), None)
+    gives = next((L.reshape(-1) for d in (n-1, 0) for L in out if varying(L) == [d]), None)
     if n == 3: self.heads += [L for L in out if varying(L) == [0]]
     self.contractions.append(Contraction(op.where, math.prod(op.outs[0].shape)*k, la if la is not None else lb, gives))
     return Info(out, alike(K))

@@ -26,6 +26,7 @@ from .plan import Cost, Plan, asked_and_got, check_options, check_request, diffe
 from .plan import SparsityWarning
 from .dependants import Dependants, dependants, native_forward
 from .coupled import coupled_units
+from .compact import uncuttable
 from .flow import flow
 from .report import DryRun, LayerReport, PlannedLayer, SparsityReport, read_weight, sparsity_report
 
@@ -198,7 +199,7 @@ def _start_coupled(self:Sparsifier, example_input):
     if example_input is None:
         raise ValueError("granularity 'coupled' has to see one forward of the model to know which outputs go together; "
                          "pass example_input=, as many samples of a batch as the model needs (a fit takes its own)")
-    self._candidates,self._coupled = list(self.targets.values()),{}
+    self._candidates,self._coupled,self._others = list(self.targets.values()),{},dict(self.left_dense)
     self._take(Dependants([], []))
     if example_input is ...: self.reset()
     else: self._couple(example_input)
@@ -207,15 +208,32 @@ def _start_coupled(self:Sparsifier, example_input):
 def _couple(self:Sparsifier, example_input):
     f,layers = flow(self.model, example_input),{t.name: t.layer for t in self._candidates}
     found = dependants(self.model, layers, example_input)
-    units,stay = coupled_units(self.model, self._candidates, f, {x.name for x in found.followers}, self.granularity.reduce)
+    units,stay = self._cuttable(f, found.followers, example_input)
     part,held = {t.name for u in units.values() for t in u.parts},{t.layer_name: stay.get(t.name) for t in self._candidates}
     self._check_units(units, held)
     self._take(found)
     self._coupled,self._flow,self.targets = units,f,{t.name: t for t in self._candidates if t.name in part}
     names = {t.layer_name for t in self.targets.values()}
-    self.left_dense |= {n: next(iter(why)) for n,why in held.items() if n not in names}
+    self.left_dense = self._others | {n: next(iter(why)) for n,why in held.items() if n not in names}
     self._stay = {n: why for n,why in held.items() if n in names and why}
     self.reset()
+
+@patch
+def _cuttable(self:Sparsifier, f, followers, example_input): # what would be pruned, but could not be cut, is pinned too
+    names,pinned = {x.name for x in followers},f.pinned
+    couple = lambda: coupled_units(self.model, self._candidates, f, names, self.granularity.reduce)
+    units,stay = couple()
+    classes = {c for u in units.values() for c in u.classes.tolist()}
+    f.pinned = pinned | uncuttable(self.model, f, example_input, classes, lambda gone: _without(units, followers, gone))
+    return couple() if len(f.pinned) > len(pinned) else (units,stay)
+
+def _without(units, followers, gone): # tensors, and their values without some classes
+    masks,targets = {},{t.name: t for u in units.values() for t in u.parts}
+    now = lambda t: masks.get(t.name, torch.ones_like(t.weight, dtype=torch.bool))
+    for u in units.values(): masks |= u.masks(torch.tensor([c not in gone for c in u.classes.tolist()]), now)
+    alive = {n: output_groups(targets[n].layer).alive(m)[0] for n,m in masks.items()}
+    return [(targets[n].layer.weight, targets[n].weight*m) for n,m in masks.items()] + [
+            (x.tensor, x.tensor.detach()*x.mask(alive)) for x in followers]
 
 @patch
 def _check_units(self:Sparsifier, units, held):
@@ -344,6 +362,7 @@ def prune_layer(self:Sparsifier,
     module = layer if isinstance(layer, nn.Module) else dict(self.model.named_modules()).get(layer)
     own = set() if module is None else {id(module), *map(id, module._parameters.values())}
     meant = lambda t: layer in (t.name, t.layer_name) or tensor_id(t.layer, t.param) in own
+    self._check_known()
     found = [u for u in self.units.values() if any(map(meant, u.parts))]
     if not found: self._no_layer(layer)
     if isinstance(sparsity, (dict, Cost)):
@@ -382,7 +401,7 @@ def plan(self:Sparsifier,
 @patch
 def _plan(self:Sparsifier, sparsity, round_to, units, method):
     check_request(sparsity, self.granularity, self.method, round_to)
-    if not self.units: raise ValueError("which outputs go together is not known yet; call watch(example_input) first")
+    self._check_known()
     self._check_current([t for u in units for t in u.parts])
     cost = sparsity if isinstance(sparsity, Cost) else None
     if isinstance(sparsity, dict): end = self._each(sparsity, units)
@@ -398,6 +417,10 @@ def _plan(self:Sparsifier, sparsity, round_to, units, method):
     self._forget_untrue(end, method)
     start = {n: self._percent(self.units[n]) for n in end}
     return Plan(self._within(start, end, method), end, round_to, cost)
+
+@patch
+def _check_known(self:Sparsifier):
+    if not self.units: raise ValueError("which outputs go together is not known yet; call watch(example_input) first")
 
 def _bundle(u, round_to): # how many groups it takes for each part to lose a multiple of `round_to` outputs
     each = [e.shape[1] for e in getattr(u, 'entries', ())] or [1]
@@ -609,7 +632,11 @@ def _cost(self:Sparsifier, plan): # what was asked for, and what came of it; whe
     fewer,what = 100*(1 - left/full),plan.cost.unit
     said = f"cut out, {left:,} of {full:,} {what} are left, {fewer:.4g} % fewer"
     if abs(fewer - plan.cost.percent) <= 1: return said,False
-    return f"asked for {plan.cost.percent:g} % fewer {what}: {said}; no whole groups come nearer",True
+    before = sum(plan.start[n]*self.units[n].size/100 for n in plan.end)
+    same = round(before) == sum(self._lost_of[n] for n in plan.end)
+    why = 'these groups were pruned before, and stay' if same and fewer > plan.cost.percent else (
+          'the nearest that whole groups allow, in the order of their scores')
+    return f"asked for {plan.cost.percent:g} % fewer {what}: {said}; {why}",True
 
 # %% ../nbs/09_sparsifier.ipynb #c20c0a96
 @patch

@@ -122,6 +122,8 @@ def undisturbed(
         try:
             torch.backends.mha.set_fastpath_enabled(False) # one operation for a whole layer shows nothing
             model.train(training)
+            for m in model.modules(): # noise has no channels
+                if isinstance(m, nn.modules.dropout._DropoutNd): m.training = False
             with guard: yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

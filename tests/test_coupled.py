@@ -68,6 +68,7 @@ KINDS = {
     'flattened': (lambda: nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 6), nn.ReLU(), nn.Linear(6, 2)), {'0.weight': (4, [('0', 1)]), '2.weight': (6, [('2', 1)])}),
     'gated': (lambda: Forward(lambda s, x: s.c(F.silu(s.a(x))*s.b(x)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 2)), {'a.weight': (8, [('a', 1), ('b', 1)])}),
     'in halves': (lambda: Forward(lambda s, x: s.b(s.a(x).chunk(2, 1)[0]*s.a(x).chunk(2, 1)[1]), a=conv(3, 8), b=conv(4, 2)), {'a.weight': (4, [('a', 2)])}),
+    'along tokens': (lambda: Forward(lambda s, x: s.c(s.b(s.a(x.mean(1)).transpose(1, 2)).relu()), a=nn.Linear(8, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 2)), {'b.weight': (6, [('b', 1)])}),
     'used twice': (lambda: Forward(lambda s, x: s.b(s.a(s.stem(x).relu()) + s.a(s.stem(x))), stem=conv(3, 8), a=conv(8, 6), b=conv(6, 2)), {'stem.weight': (8, [('stem', 1)]), 'a.weight': (6, [('a', 1)])}),
 }
 
@@ -133,6 +134,76 @@ def test_a_part_that_stays_is_told():
     m = Forward(lambda s, x: s.c(s.a(x)[..., :3]) + s.d(s.b(s.a(x)).relu()), a=nn.Linear(4, 8), b=nn.Linear(8, 6), c=nn.Linear(3, 2), d=nn.Linear(6, 2))
     s = Sparsifier(m, 'coupled', example_input=torch.randn(3, 4))
     assert list(s.targets) == ['b.weight'] and 'slice' in s.left_dense['a']
+
+
+WRITTEN = {
+    'a view': lambda: Forward(lambda s, x: s.h(s.f(s.b(s.a(x).relu()).relu().view(-1, 8*64)).relu()), a=conv(3, 6), b=conv(6, 8), f=nn.Linear(512, 6), h=nn.Linear(6, 4)),
+    'pieces': lambda: Forward(lambda s, x: s.h(sum(s.b(s.a(x)).split(4, 1))), a=conv(3, 6), b=conv(6, 8), h=conv(4, 2)),
+    'a recurrence': lambda: Forward(lambda s, x: s.h(s.r(s.b(s.a(x.mean(1)).relu()))[0]), a=nn.Linear(8, 6), b=nn.Linear(6, 8), r=nn.GRU(8, 5, batch_first=True), h=nn.Linear(5, 2)),
+    'an attention': lambda: Forward(lambda s, x: s.h((lambda y: s.r(y, y, y)[0])(s.b(s.a(x.mean(1)).relu()))), a=nn.Linear(8, 6), b=nn.Linear(6, 8), r=nn.MultiheadAttention(8, 2, batch_first=True), h=nn.Linear(8, 2)),
+}
+
+
+class Tied(nn.Module):
+    "The embedding is also the last layer, and so gives what that reads"
+    def __init__(self): super().__init__(); self.e, self.a, self.b, self.o = nn.Embedding(10, 6), nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 10); self.o.weight = self.e.weight
+    def forward(self, x): return self.o(self.b(self.a(self.e(x)).relu()).relu())
+
+
+class Beside(nn.Module):
+    "Something is added at each place that is the same for all channels"
+    def __init__(self): super().__init__(); self.a, self.b, self.c = conv(3, 6), conv(6, 6), conv(6, 2); self.register_buffer('at', torch.rand(1, 1, 8, 8)); self.register_buffer('one', torch.rand(1))
+    def forward(self, x): return self.c((self.b((self.a(x) + self.one).relu()) + self.at).relu())
+
+
+@pytest.mark.parametrize('make, example', [(Tied, torch.arange(6)[None]), (Beside, image)])
+def test_what_would_not_be_zero_where_it_is_read_is_left_dense(make, example):
+    torch.manual_seed(0)
+    s = Sparsifier(make().eval(), 'coupled', 'local', example_input=example)
+    assert list(s.units) == ['a.weight'] and 'pruned, they would not be zero where' in s.left_dense['b']
+
+
+@pytest.mark.parametrize('kind', WRITTEN)
+def test_what_could_be_pruned_but_never_cut_is_left_dense(kind):
+    torch.manual_seed(0)
+    m = stir(WRITTEN[kind]())
+    s = Sparsifier(m, 'coupled', 'local', example_input=image)
+    assert 'the smaller model fails' in s.left_dense['b'] and 'a.weight' in s.units
+    s.prune_model(MACs(10))
+    c = compact(m, image)
+    dead = {k for u in s.units.values() for k in u.classes[~s._alive(u)[0]].tolist()}
+    assert equal(m, c.model, image) and c.macs[1] == s._flow.macs(dead) and not any(t.zeros for t in c.tensors)
+
+
+class Auxiliary(nn.Module):
+    "A head and a branch that only training uses"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.aux, self.head = conv(3, 8), nn.Sequential(conv(8, 8), nn.BatchNorm2d(8)), conv(3, 6), conv(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = F.dropout(self.a(x).relu(), .5, self.training)
+        if not self.training: return self.head(self.b(y).relu().mean((2, 3)))
+        return self.head((self.b(y) + self.d(self.c(x))).relu().mean((2, 3))), self.aux(y.mean((2, 3)))
+
+
+def test_what_only_training_uses_is_followed_too():
+    torch.manual_seed(0)
+    m = stir(Auxiliary())
+    assert units(m) == {'a.weight': (8, [('a', 1)]), 'b.0.weight': (8, [('b.0', 1), ('d', 1)]), 'c.weight': (6, [('c', 1)])}
+    s = Sparsifier(m, 'coupled', 'local', example_input=image)
+    s.prune_model(50)
+    c = compact(m, image)
+    assert equal(m, c.model, image) and not any(t.zeros for t in c.tensors) and c.model.c.out_channels == 3
+    assert [tuple(o.shape) for o in c.model.train()(image)] == [(2, 4), (2, 4)]
+
+
+def test_another_example_may_show_other_things():
+    m = Forward(lambda s, x: s.o(s.a(x) if x.shape[-1] == 8 else s.b(x)), a=conv(3, 6), b=conv(3, 6), o=conv(6, 2))
+    s = Sparsifier(m, 'coupled', example_input=image)
+    assert list(s.targets) == ['a.weight'] and s.left_dense.keys() == {'b', 'o'}
+    s.watch(image[..., :4])
+    assert list(s.targets) == ['b.weight'] and s.left_dense.keys() == {'a', 'o'}
 
 
 # exact, and together
@@ -295,8 +366,22 @@ def test_a_cost_rises_with_the_schedule_and_nothing_returns():
 
 def test_a_cost_out_of_reach_is_told():
     m = residual()
-    with pytest.warns(SparsityWarning, match='asked for 100 % fewer multiply-adds: cut out, .* no whole groups come nearer'): Sparsifier(m, 'coupled', 'local', example_input=image).prune_model(MACs(100))
+    with pytest.warns(SparsityWarning, match='asked for 100 % fewer multiply-adds: cut out, .* the nearest that whole groups allow, in the order of their scores'): Sparsifier(m, 'coupled', 'local', example_input=image).prune_model(MACs(100))
     assert alive(m.stem).sum() == 1
+
+
+def test_a_cost_that_was_passed_before_is_told():
+    s = Sparsifier(residual(), 'coupled', 'local', example_input=image)
+    s.prune_model(MACs(70))
+    before = s.sparsity()
+    with pytest.warns(SparsityWarning, match='asked for 20 % fewer multiply-adds: .* these groups were pruned before, and stay'): s.prune_model(MACs(20))
+    assert s.sparsity() == before
+
+
+def test_nothing_can_be_pruned_before_it_is_known_what_goes_together():
+    s = Sparsifier(residual(), 'coupled', example_input=...)
+    for prune in (lambda: s.prune_model(50), lambda: s.prune_layer('up', 50)):
+        with pytest.raises(ValueError, match='call watch'): prune()
 
 
 @pytest.mark.parametrize('make, says', [(lambda: MACs(.5), 'did you mean 50'), (lambda: MACs(120), '100'), (lambda: Params(None), 'not a number'), (lambda: SparsifyCallback(MACs(50)), "granularity='coupled'"),
@@ -401,6 +486,20 @@ def test_fine_tune_prunes_in_its_second_half():
     learn, cb = learner(nn.Sequential(net()[:6], nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))), splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())]), SparsifyCallback(50, 'coupled', 'local')
     with quiet(learn): learn.fine_tune(1, cbs=cb)
     assert alive(learn.model[0][0]).sum() == 4 and alive(learn.model[0][3]).sum() == 8
+
+
+class Whole(nn.Module):
+    "Takes whole batches only"
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x):
+        if len(x) < 16: raise RuntimeError('a batch has at least 16 samples')
+        return self.net(x)
+
+
+def test_a_batch_that_cannot_be_cut_is_watched_whole():
+    learn, cb = learner(Whole()), SparsifyCallback(50, 'coupled', 'local')
+    fit(learn, 1, cb)
+    assert alive(learn.model.net[0]).sum() == 4
 
 
 def test_in_a_fit_that_cannot_be_watched_nothing_is_pruned_and_the_reason_is_told():

@@ -24,7 +24,7 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder/f'rank{r}.json').read_text()) for r in (0, 1)]
 
 
-CASES = ['large_final', 'random_score', 'movement', 'updating_movmag', 'filters', 'tickets', 'channels_last']
+CASES = ['large_final', 'random_score', 'movement', 'updating_movmag', 'filters', 'tickets', 'channels_last', 'coupled']
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -37,7 +37,8 @@ def test_masks_and_weights_are_the_same_on_both_ranks(ranks, name):
 def test_the_target_is_exact_on_both_ranks(ranks, name):
     for r in ranks[1]:
         got = r[name]
-        if name != 'filters': assert abs(got['percent'] - 80) < .1 and got['percent'] == got['current']
+        if name == 'coupled': assert got['current'] > 10
+        elif name != 'filters': assert abs(got['percent'] - 80) < .1 and got['percent'] == got['current']
         else: assert abs(got['current'] - 80) < 6
         assert got['regrown'] == 0 and got['state'] == 0
 
