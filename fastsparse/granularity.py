@@ -6,7 +6,8 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 
 # %% auto #0
 __all__ = ['LayerType', 'register_layer', 'is_registered', 'layer_type', 'prunable_params', 'available_granularities', 'Groups',
-           'Granularity', 'did_you_mean', 'NMGroups', 'NM', 'Coupled', 'Outputs', 'as_granularity', 'output_groups']
+           'Granularity', 'did_you_mean', 'NMGroups', 'NM', 'Undivided', 'Coupled', 'Outputs', 'as_granularity',
+           'output_groups']
 
 # %% ../nbs/00_granularity.ipynb #ecc977bb
 import difflib, math, re
@@ -401,6 +402,9 @@ class NM:
         return ' '.join([f'{self.n}:{self.m}', *more])
 
 # %% ../nbs/00_granularity.ipynb #f537b15e
+class Undivided(ValueError):
+    "A layer does not divide into the blocks of a pattern"
+
 @patch
 def groups(self:NM,
     layer:nn.Module, # A layer with the axis, such as a convolution or a Linear
@@ -416,7 +420,7 @@ def groups(self:NM,
     if self.axis not in g.axes: raise ValueError(self._no_axis(layer, g.axes)) # channel groups, where there is one
     length = g._full[g.axes.index(self.axis)]
     if length % self.m and not self.pad:
-        raise ValueError(f"its {length} {_plural(self.axis)} do not divide into blocks of {self.m}")
+        raise Undivided(f"its {length} {_plural(self.axis)} do not divide into blocks of {self.m}")
     return NMGroups(g.shape, g.axes, g.keep, g.full, m=self.m, axis=self.axis)
 
 @patch

@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from fastcore.basics import patch
 from torch import nn
-from .granularity import NM, Groups, NMGroups, as_granularity, layer_type
+from .granularity import NM, Groups, NMGroups, Undivided, as_granularity, layer_type, prunable_params
 from .granularity import _check_plain, _check_reduce, _cls_name, _groups, _plural
 
 # %% ../nbs/00a_patterns.ipynb #9a4d97db
@@ -32,7 +32,7 @@ def _matrix(layer, param, what): # unfolded into its matrices; and which axes ar
 
 def _divide(g, sides, h, w, what):
     for axis,b in zip(sides, (h, w)):
-        if (n := g._full[g.axes.index(axis)]) % b: raise ValueError(f"its {n} {_plural(axis)} do not divide into {what}")
+        if (n := g._full[g.axes.index(axis)]) % b: raise Undivided(f"its {n} {_plural(axis)} do not divide into {what}")
 
 # %% ../nbs/00a_patterns.ipynb #d6cc7b70
 _pools = dict(mean=torch.mean, max=torch.amax)
@@ -205,10 +205,12 @@ def pattern_breaks(
     pattern, # A pattern such as '2:4', `NM(2, 4)` or `Block(4, 4)`, or any other granularity
     param:str='weight', # The name of the parameter of a layer
 ) -> torch.Tensor: # Bool, of the shape of the weight
-    "Where a weight breaks `pattern`: blocks that hold too many, groups that are zero in part; a ValueError if it has no such groups"
-    layer = x if isinstance(x, nn.Module) else _layer_of(x)
-    pattern,kept = as_granularity(pattern),(getattr(x, param) if layer is x else x).detach() != 0
-    g = pattern.groups(layer, param)
+    "Where a weight breaks `pattern`: blocks that hold too many, groups that are zero in part; a ValueError if it cannot have such groups"
+    layer,pattern = x if isinstance(x, nn.Module) else _layer_of(x),as_granularity(pattern)
+    if layer_type(layer, param) is None:
+        some = ', '.join(prunable_params(layer))
+        raise ValueError(f"{param} of {_cls_name(layer)} is nothing that can be pruned" + f"; param= may be {some}"*bool(some))
+    g,kept = pattern.groups(layer, param),(getattr(x, param) if layer is x else x).detach() != 0
     alive = g.alive(kept)
     if isinstance(pattern, NM): return g.expand(g._crowded(alive, pattern.n))
     return g.expand(g.alive(kept != g.expand(alive)))
@@ -219,10 +221,8 @@ def has_pattern(
     param:str='weight', # The name of the parameter of a layer
 ) -> bool: # False also where it does not divide into such blocks
     "Whether the zeros of a weight follow `pattern`"
-    if isinstance(x, nn.Module) and layer_type(x, param) is None:
-        raise ValueError(f"{param} of {_cls_name(x)} is nothing that can be pruned, so it has no pattern")
-    try: return not pattern_breaks(x, as_granularity(pattern), param).any()
-    except ValueError: return False
+    try: return not pattern_breaks(x, pattern, param).any()
+    except Undivided: return False
 
 # %% ../nbs/00a_patterns.ipynb #de3315f8
 @patch
