@@ -385,11 +385,11 @@ def test_large_squares_keep_their_number_in_rows_and_columns():
 
 def test_large_squares_are_nearly_the_best():
     linprog = pytest.importorskip('scipy.optimize').linprog
-    m, n = 8, 4
-    scores = torch.rand(20, m, m, dtype=torch.double)
+    m, n = 8, 2
+    scores = torch.randn(25, m, m, dtype=torch.double).abs()
     sums = torch.cat([torch.kron(torch.eye(m), torch.ones(1, m)), torch.kron(torch.ones(1, m), torch.eye(m))]).numpy()
     best = [-linprog(-s.flatten().numpy(), A_eq=sums, b_eq=[n]*2*m, bounds=(0, 1)).fun for s in scores]
-    assert float(scores[transposable_mask(scores, n)].sum())/sum(best) > .93
+    assert float(scores[transposable_mask(scores, n)].sum())/sum(best) > .965 # .93 if paths are taken as they come
 
 
 @pytest.mark.parametrize('m', [4, 8])
@@ -417,6 +417,8 @@ def test_a_transposable_pattern_within_a_pattern_that_is_there():
 def test_what_has_a_pattern():
     w = torch.tensor([[1., 0, 0, 2, 0, 0, 3, 4], [0, 0, 0, 0, 1, 0, 0, 0]])
     assert has_pattern(w, '2:4') and not has_pattern(w, '1:4') and has_pattern(w[1:], '1:4') and has_pattern(w, '4:8') and has_pattern(w, NM(1, 2, 'out'))
+    both = torch.tensor([[1., 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 1]]) # three in the first column
+    assert has_pattern(both, '2:4') and not has_pattern(both, NM(2, 4, transposable=True)) and bits(pattern_breaks(both, NM(2, 4, transposable=True))) == [[1, 0, 0, 0]]*4
     assert bits(pattern_breaks(w, '1:4')) == [[1]*8, [0]*8]
     assert bits(pattern_breaks(w, '1:2')) == [[0]*6 + [1]*2, [0]*8]
     assert bits(pattern_breaks(w, Block(1, 2))) == [[1]*4 + [0]*4, [0]*4 + [1, 1, 0, 0]]
@@ -476,6 +478,7 @@ def test_blocks_by_axis_and_not_by_place_in_memory():
     up = Block(3, 2).groups(nn.ConvTranspose1d(4, 6, 1, groups=2)) # weight (4, 3, 1)
     ids = up.expand(torch.arange(up.n)[None])
     assert rows(ids[:, :, 0]) == [[0]*3]*2 + [[1]*3]*2
+    with pytest.raises(ValueError, match='its 2 outputs do not divide'): Block(4, 1).groups(nn.Conv1d(4, 4, 1, groups=2))
     place = Block(2, 2).groups(nn.Conv1d(2, 2, 3))
     assert rows(place.expand(torch.arange(3)[None])[0, 0]) == [0, 1, 2]
     emb = Block(2, 4).groups(nn.Embedding(6, 8))
