@@ -379,7 +379,7 @@ class NM:
     m:int # Length of a block, more than `n`
     axis:str='in' # Name of the axis that is cut into blocks, such as 'in', 'out' or 'kw'
     pad:bool=False # Fill up an axis that does not divide with zeros, which go first; else such a layer stays dense
-    transposable:bool=False # Blocks are m x m, with `n` kept in each row and each column, so that the transpose is n:m as well
+    transposable:bool=False # Keep `n` in each row and each column of m x m, so that the transpose is n:m as well
 
     def __post_init__(self):
         for k,v in (('n', self.n), ('m', self.m)):
@@ -389,8 +389,8 @@ class NM:
             fix = f"; did you mean NM({self.m}, {self.n})?" if 0 < self.m < self.n else ", such as NM(2, 4)"
             raise ValueError(f"NM({self.n}, {self.m}): n has to be at least 1 and less than m" + fix)
         if self.transposable and (self.pad or self.axis != 'in'):
-            raise ValueError(f"{self!r}: a transposable pattern lies along both sides of a matrix, which have to divide into "
-                             "blocks; leave out axis= and pad=")
+            raise ValueError(f"{self!r}: a transposable pattern lies along both sides of a matrix, "
+                             "which have to divide into blocks; leave out axis= and pad=")
 
     @property
     def percent(self) -> float:

@@ -25,7 +25,8 @@ def _matrix(layer, param, what): # unfolded into its matrices; and which axes ar
     axes = known.axes if known else ()
     sides = ('out','in') if {'out','in'} <= set(axes) else axes
     if len(sides) != 2:
-        raise ValueError(f"{_cls_name(layer)} has no matrix to cut into {what}" + f", its axes are {', '.join(axes)}"*bool(axes))
+        raise ValueError(f"{_cls_name(layer)} has no matrix to cut into {what}"
+                         + f", its axes are {', '.join(axes)}"*bool(axes))
     _check_plain(layer, param)
     whole = tuple(tuple(p for p in parts if p[0] == 'group' or p[1] is None) for parts in known.parts)
     return _groups(layer, param, replace(known, parts=whole), ' '.join(axes)),sides
@@ -42,14 +43,16 @@ class Block:
     "Blocks of `h` outputs by `w` inputs that live or die as a whole"
     h:int # Outputs in a block
     w:int # Inputs in a block
-    pool:str|Callable='mean' # Scores of a block's weights to its own: 'mean', 'max', or a function called as `f(scores, dim=dims)`
+    pool:str|Callable='mean' # Scores of weights to that of their block: 'mean', 'max', or a function `f(scores, dim=dims)`
 
     def __post_init__(self):
         for k,v in (('h', self.h), ('w', self.w)):
             if type(v) is not int or v < 1:
-                raise ValueError(f"Block({self.h!r}, {self.w!r}): {k} has to be a whole number, at least 1, such as Block(4, 4)")
+                raise ValueError(f"Block({self.h!r}, {self.w!r}): {k} has to be a whole number, at least 1, "
+                                 "such as Block(4, 4)")
         if isinstance(self.pool, str) and self.pool not in _pools:
-            raise ValueError(f"pool={self.pool!r} is unknown; choose 'mean' or 'max', or pass a function such as torch.amax")
+            raise ValueError(f"pool={self.pool!r} is unknown; choose 'mean' or 'max', "
+                             "or pass a function such as torch.amax")
         _check_reduce(self.reduce)
 
     @property
@@ -122,7 +125,8 @@ def _squares(self:NM, layer, param):
 @cache
 def _ways(n, m): # of shape (ways, m*m), those that lose the first weights first
     rows = sorted(tuple(int(i in kept) for i in range(m)) for kept in combinations(range(m), n))
-    return torch.tensor([w for w in product(rows, repeat=m) if {sum(c) for c in zip(*w)} == {n}], dtype=torch.float64).flatten(1)
+    ways = [w for w in product(rows, repeat=m) if {sum(c) for c in zip(*w)} == {n}]
+    return torch.tensor(ways, dtype=torch.float64).flatten(1)
 
 def _best_way(scores, n): # scores: (squares, m, m)
     ways,kept = _ways(n, scores.shape[-1]).to(scores.device),[]
@@ -187,7 +191,7 @@ def transposable_mask(
     scores:torch.Tensor, # Of shape (squares, m, m); -inf for what was pruned before
     n:int, # How many to keep in each row and each column
 ) -> torch.Tensor: # Bool, of the same shape
-    "Keep `n` in each row and column of each square: the best way up to 4 x 4, else a good one (Hubara et al. 2021, adapted)"
+    "Keep `n` in each row and column of each square: the best way up to 4 x 4, else a good one"
     if scores.shape[-1] <= 4: return _best_way(scores, n)
     return _complete(_drop_lowest(scores, n), scores, n)
 
@@ -205,11 +209,12 @@ def pattern_breaks(
     pattern, # A pattern such as '2:4', `NM(2, 4)` or `Block(4, 4)`, or any other granularity
     param:str='weight', # The name of the parameter of a layer
 ) -> torch.Tensor: # Bool, of the shape of the weight
-    "Where a weight breaks `pattern`: blocks that hold too many, groups that are zero in part; a ValueError if it cannot have such groups"
+    "Where a weight breaks `pattern`: blocks that hold too many, groups that are zero in part"
     layer,pattern = x if isinstance(x, nn.Module) else _layer_of(x),as_granularity(pattern)
     if layer_type(layer, param) is None:
         some = ', '.join(prunable_params(layer))
-        raise ValueError(f"{param} of {_cls_name(layer)} is nothing that can be pruned" + f"; param= may be {some}"*bool(some))
+        raise ValueError(f"{param} of {_cls_name(layer)} is nothing that can be pruned"
+                         + f"; param= may be {some}"*bool(some))
     g,kept = pattern.groups(layer, param),(getattr(x, param) if layer is x else x).detach() != 0
     alive = g.alive(kept)
     if isinstance(pattern, NM): return g.expand(g._crowded(alive, pattern.n))
@@ -235,5 +240,6 @@ def _crowded(self:SquareGroups, alive, n):
 
 def _layer_of(t): # one with a weight of the shape of `t`, without memory
     make = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(t.dim())
-    if make is None: raise ValueError(f"a tensor of shape {tuple(t.shape)} is no weight of a Linear or a convolution; pass the layer")
+    if make is None:
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} is no weight of a Linear or a convolution; pass the layer")
     return make(t.shape[1], t.shape[0], *[tuple(t.shape[2:])]*(t.dim() > 2), device='meta')
