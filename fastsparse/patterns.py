@@ -43,7 +43,7 @@ class Block:
     "Blocks of `h` outputs by `w` inputs that live or die as a whole"
     h:int # Outputs in a block
     w:int # Inputs in a block
-    pool:str|Callable='mean' # Scores of weights to that of their block: 'mean', 'max', or a function `f(scores, dim=dims)`
+    pool:str|Callable='mean' # Scores of weights to that of their block: 'mean', 'max', or `f(scores, dim=dims)`
 
     def __post_init__(self):
         for k,v in (('h', self.h), ('w', self.w)):
@@ -241,5 +241,6 @@ def _crowded(self:SquareGroups, alive, n):
 def _layer_of(t): # one with a weight of the shape of `t`, without memory
     make = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(t.dim())
     if make is None:
-        raise ValueError(f"a tensor of shape {tuple(t.shape)} is no weight of a Linear or a convolution; pass the layer")
+        raise ValueError(f"a tensor of shape {tuple(t.shape)} is no weight of a Linear or a convolution; "
+                         "pass the layer")
     return make(t.shape[1], t.shape[0], *[tuple(t.shape[2:])]*(t.dim() > 2), device='meta')
