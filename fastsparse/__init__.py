@@ -1,6 +1,7 @@
 __version__ = "0.1.0"
 
 from .granularity import NM, Coupled, Granularity, available_granularities, register_layer
+from .patterns import Block, has_pattern, pattern_breaks
 from .criteria import *
 from .method import available_methods
 from .schedule import *

@@ -1,5 +1,6 @@
 "Everything that a notebook needs, in one import"
 from .granularity import NM, Coupled, Granularity, available_granularities, register_layer
+from .patterns import Block, has_pattern, pattern_breaks
 from .criteria import *
 from .method import available_methods
 from .schedule import *

@@ -6,10 +6,11 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 
 # %% auto #0
 __all__ = ['LayerType', 'register_layer', 'is_registered', 'layer_type', 'prunable_params', 'available_granularities', 'Groups',
-           'Granularity', 'did_you_mean', 'NMGroups', 'NM', 'Coupled', 'Outputs', 'as_granularity', 'output_groups']
+           'Granularity', 'did_you_mean', 'NMGroups', 'NM', 'Undivided', 'Coupled', 'Outputs', 'as_granularity',
+           'output_groups']
 
 # %% ../nbs/00_granularity.ipynb #ecc977bb
-import difflib, re
+import difflib, math, re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -39,6 +40,11 @@ class LayerType:
     granularities:dict[str,str] # Name to the axes it keeps, separated by blanks
     parts:tuple=() # For each axis its parts, as pairs of a name and a size: a number, an attribute of the layer, or None
     default:bool=True # False for tensors that are pruned only when they are named
+
+    @property
+    def all_axes(self) -> list[str]:
+        "Names of all axes and parts of axes, in order"
+        return [n for parts in self.parts for n,_ in parts]
 
 def _read_axes(axes): # '(gate:4 hidden) in' to a tuple of parts for each axis
     found = [(a or b).split() for a,b in re.findall(r'\(([^()]*)\)|([^\s()]+)', axes)]
@@ -289,7 +295,7 @@ def did_you_mean(
 def _unknown(value):
     names = available_granularities()
     return (f"granularity {value!r} is unknown; choose one of {', '.join(names)}, "
-            f"{', '.join(_models)}, a pattern such as '2:4', or an object such as NM(2, 4)"
+            f"{', '.join(_models)}, a pattern such as '2:4', or an object such as NM(2, 4) or Block(4, 4)"
             + did_you_mean(value, [*names, *_models]))
 
 # %% ../nbs/00_granularity.ipynb #db9bc2b0
@@ -324,31 +330,56 @@ def _check_plain(layer, param='weight'):
 # %% ../nbs/00_granularity.ipynb #3016bcba
 @dataclass(frozen=True)
 class NMGroups(Groups):
-    "Blocks of `m` consecutive weights along the input axis, each block a row of its own"
+    "Blocks of `m` consecutive weights along one axis, each block a row of its own"
     m:int=4 # Length of a block
+    axis:str='in' # The axis
 
-    @property
-    def _dim(self): return self.axes.index('in')
-    @property
-    def rows(self): return prod(self.shape)//self.m
     @property
     def n(self): return self.m
     @property
     def size(self): return 1
     @property
     def single(self): return False
-    def scores(self, scores): return self._unfold(scores).movedim(self._dim, -1).reshape(-1, self.m)
-    alive = scores
-    def expand(self, kept):
-        moved = list(self._full); moved.append(moved.pop(self._dim))
-        return kept.view(moved).movedim(-1, self._dim).reshape(self.shape)
+    @property
+    def rows(self): return (prod(self.shape)//self._length)*-(-self._length//self.m)
+    @property
+    def step(self): return self.rows if not self._fill else prod(self.shape)/self.m # a percentage of all blocks alike
+
+@patch(as_prop=True)
+def _dim(self:NMGroups): return self.axes.index(self.axis)
+@patch(as_prop=True)
+def _length(self:NMGroups): return self._full[self._dim]
+@patch(as_prop=True)
+def _fill(self:NMGroups): return -self._length % self.m # what the last block lacks
+
+# %% ../nbs/00_granularity.ipynb #ff2a4dac
+@patch
+def _blocks(self:NMGroups, t, fill):
+    t,whole = self._unfold(t).movedim(self._dim, -1),self._length//self.m*self.m
+    if self._fill: t = torch.cat([t[...,:whole], t.new_full((*t.shape[:-1], self._fill), fill), t[...,whole:]], -1)
+    return t.reshape(-1, self.m)
+
+@patch
+def scores(self:NMGroups, scores): return self._blocks(scores, -math.inf)
+@patch
+def alive(self:NMGroups, mask): return self._blocks(mask, False)
+
+@patch
+def expand(self:NMGroups, kept):
+    others,whole = [n for i,n in enumerate(self._full) if i != self._dim],self._length//self.m*self.m
+    kept = kept.reshape(*others, -1)
+    if self._fill: kept = torch.cat([kept[...,:whole], kept[...,whole+self._fill:]], -1)
+    return kept.movedim(-1, self._dim).reshape(self.shape)
 
 # %% ../nbs/00_granularity.ipynb #3151a026
 @dataclass(frozen=True)
 class NM:
-    "Keep `n` of every `m` consecutive weights along the input axis (Mishra et al. 2021)"
+    "Keep `n` of every `m` consecutive weights along an axis (Mishra et al. 2021)"
     n:int # Weights kept in each block, at least 1
     m:int # Length of a block, more than `n`
+    axis:str='in' # Name of the axis that is cut into blocks, such as 'in', 'out' or 'kw'
+    pad:bool=False # Fill up an axis that does not divide with zeros, which go first; else such a layer stays dense
+    transposable:bool=False # Keep `n` in each row and each column of m x m, so that the transpose is n:m as well
 
     def __post_init__(self):
         for k,v in (('n', self.n), ('m', self.m)):
@@ -357,27 +388,48 @@ class NM:
         if not 0 < self.n < self.m:
             fix = f"; did you mean NM({self.m}, {self.n})?" if 0 < self.m < self.n else ", such as NM(2, 4)"
             raise ValueError(f"NM({self.n}, {self.m}): n has to be at least 1 and less than m" + fix)
+        if self.transposable and (self.pad or self.axis != 'in'):
+            raise ValueError(f"{self!r}: a transposable pattern lies along both sides of a matrix, "
+                             "which have to divide into blocks; leave out axis= and pad=")
 
     @property
     def percent(self) -> float:
         "The sparsity of the pattern in percent, the only one that it can be asked for"
         return 100*(self.m-self.n)/self.m
 
-    def groups(self,
-        layer:nn.Module, # A layer with an input axis, such as a convolution or a Linear
-        param:str='weight', # The name of its parameter
-    ) -> NMGroups: # How it splits
-        "The blocks of `layer`; a ValueError says why a layer has none"
-        known = layer_type(layer, param)
-        if known is None or 'in' not in known.axes:
-            raise ValueError(f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}")
-        _check_plain(layer, param)
-        g = _groups(layer, param, known, ' '.join(n for parts in known.parts for n,_ in parts))
-        inputs = g._full[g.axes.index('in')]
-        if inputs % self.m: raise ValueError(f"its {inputs} inputs do not divide into blocks of {self.m}")
-        return NMGroups(g.shape, g.axes, g.keep, g.full, m=self.m)
+    def __str__(self):
+        more = [f'along {self.axis}']*(self.axis != 'in') + ['padded']*self.pad + ['transposable']*self.transposable
+        return ' '.join([f'{self.n}:{self.m}', *more])
 
-    def __str__(self): return f'{self.n}:{self.m}'
+# %% ../nbs/00_granularity.ipynb #f537b15e
+class Undivided(ValueError):
+    "A layer does not divide into the blocks of a pattern"
+
+@patch
+def groups(self:NM,
+    layer:nn.Module, # A layer with the axis, such as a convolution or a Linear
+    param:str='weight', # The name of its parameter
+) -> NMGroups: # How it splits
+    "The blocks of `layer`; a ValueError says why a layer has none"
+    if self.transposable: return self._squares(layer, param)
+    known = layer_type(layer, param)
+    if known is None: raise ValueError(self._no_axis(layer))
+    if self.axis not in known.all_axes: raise ValueError(self._no_axis(layer, known.all_axes))
+    _check_plain(layer, param)
+    g = _groups(layer, param, known, ' '.join(known.all_axes))
+    if self.axis not in g.axes: raise ValueError(self._no_axis(layer, g.axes)) # channel groups, where there is one
+    length = g._full[g.axes.index(self.axis)]
+    if length % self.m and not self.pad:
+        raise Undivided(f"its {length} {_plural(self.axis)} do not divide into blocks of {self.m}")
+    return NMGroups(g.shape, g.axes, g.keep, g.full, m=self.m, axis=self.axis)
+
+@patch
+def _no_axis(self:NM, layer, axes=()):
+    if self.axis == 'in': return f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}"
+    return (f"{_cls_name(layer)} has no axis {self.axis!r} to cut into blocks of {self.m}"
+            + f", only {', '.join(axes)}"*bool(axes))
+
+def _plural(axis): return {'in': 'inputs', 'out': 'outputs'}.get(axis, f'places along {axis}')
 
 # %% ../nbs/00_granularity.ipynb #bdb848f3
 @dataclass(frozen=True)

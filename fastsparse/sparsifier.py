@@ -505,7 +505,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
     self._found -= found
     _made[self.model] = self.masks
     self._apply({t.name for u in units for t in u.parts})
-    got = [k*s for k,s in zip(lost, step)]
+    got = [self._lost_of[u.name] for u in units]
     if progress == 1:
         bound = any(k == n_-1 for k,n_ in zip(lost, n))
         names = [units[i].layer_name for i in sorted(squeezed)]
@@ -599,6 +599,7 @@ def release(self:Sparsifier,
     if more > .5: self._reach(replace(plan, cost=None), 0., local, agree) # each layer its part
 
 def _choose(scores, i, k, groups, held): # which groups a target keeps
+    if hasattr(groups, 'choose'): return groups.choose(scores[i], k) # what a row keeps depends on others
     if (rows := getattr(groups, 'balance', 1)) > 1: return keep_evenly(scores[i].view(rows, -1), k).view(1, -1)
     if not held or not getattr(groups, 'by_output', False): return scores.keep(i, k)
     return keep_mask(groups.from_outputs(spread(groups.to_outputs(scores.bare(i)), k)), k)
