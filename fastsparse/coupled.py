@@ -39,12 +39,21 @@ class Unit:
         "Number of weights"
         return self.groups.n*self.groups.size
 
-    def gather(self,
-        of:Callable[[Target],torch.Tensor], # Gives a tensor of the weight's shape, such as scores
-    ) -> torch.Tensor: # Of shape (n, weights of a group)
-        "What `of` says of the weights of all groups, a row for each"
-        rows = [_by_output(t, of(t))[e].flatten(1) for t,e in zip(self.parts, self.entries)]
-        return torch.cat(rows, 1)
+    def _rows(self, of): # for each part, what it says of the weights of each group
+        return (_by_output(t, of(t))[e.to(t.weight.device)].flatten(1) for t,e in zip(self.parts, self.entries))
+
+    def scores(self,
+        of:Callable[[Target],torch.Tensor], # Gives a score for each weight of a target
+    ) -> torch.Tensor: # One score a group, of shape (1, n)
+        "The scores of all groups"
+        if self.reduce is not torch.mean: return self.groups.scores(torch.cat(list(self._rows(of)), 1))
+        return (sum(r.sum(1) for r in self._rows(of))/self.groups.size).view(1, -1) # one part at a time
+
+    def alive(self,
+        of:Callable[[Target],torch.Tensor], # Gives a bool for each weight of a target
+    ) -> torch.Tensor: # Bool, of shape (1, n)
+        "The groups that hold at least one True"
+        return torch.stack([r.any(1) for r in self._rows(of)]).any(0).view(1, -1)
 
     def masks(self,
         kept:torch.Tensor, # One decision a group, of shape (1, n), or one for all

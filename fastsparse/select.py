@@ -114,11 +114,18 @@ def parts(self:Target) -> tuple[Target,...]:
     return (self,)
 
 @patch
-def gather(self:Target,
-    of:Callable[[Target],torch.Tensor], # Gives a tensor of the weight's shape, such as scores
-) -> torch.Tensor: # For `groups`
-    "What `of` says of the weights of all groups"
-    return of(self)
+def scores(self:Target,
+    of:Callable[[Target],torch.Tensor], # Gives a score for each weight of a target
+) -> torch.Tensor: # One score a group, of shape (rows, n)
+    "The scores of all groups"
+    return self.groups.scores(of(self))
+
+@patch
+def alive(self:Target,
+    of:Callable[[Target],torch.Tensor], # Gives a bool for each weight of a target
+) -> torch.Tensor: # Bool, of shape (rows, n)
+    "The groups that hold at least one True"
+    return self.groups.alive(of(self))
 
 @patch
 def masks(self:Target,

@@ -45,7 +45,7 @@ class _Scores(Scores):
     def __getitem__(self, i):
         if i in self.kept: return self.kept[i]
         u = self.layers[i]
-        scores = self._ranked(u, self._plain(u), lambda: u.groups.alive(u.gather(self._mask_of)))
+        scores = self._ranked(u, self._plain(u), lambda: u.alive(self._mask_of))
         if u.groups.size >= 8: self.kept[i] = scores # few beside the weights
         return scores
 
@@ -70,7 +70,7 @@ def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks,
 
 @patch
 def _plain(self:_Scores, u): # whatever was pruned before
-    return u.groups.scores(u.gather(lambda t: self._scored(t, t.weight, self._evidence(t))))
+    return u.scores(lambda t: self._scored(t, t.weight, self._evidence(t)))
 
 @patch
 def _evidence(self:_Scores, t):
@@ -293,7 +293,7 @@ def _infer(self:Sparsifier, u): # masks of its targets
         if t.weight.amin().isnan():
             raise ValueError(f"NaN in the weights of layer {t.layer_name!r}: they cannot be ranked; "
                              "load weights from before the training diverged")
-    alive,made = u.groups.alive(u.gather(lambda t: t.weight.bool())),_made.get(self.model, {})
+    alive,made = u.alive(lambda t: t.weight.bool()),_made.get(self.model, {})
     emptied = all(t.name in made and not made[t.name].any() for t in u.parts)
     if not count(alive) and not self._whole_layers and not emptied: alive = torch.ones_like(alive)
     return {n: self._like(self.targets[n], m) for n,m in u.masks(alive, self._mask_now).items()}
@@ -306,7 +306,7 @@ def _mask_now(self:Sparsifier, t): # beside the weight, whole if there is none y
 def _whole_layers(self:Sparsifier): return getattr(self.granularity, 'name', None) == 'layer'
 
 @patch
-def _alive(self:Sparsifier, u): return u.groups.alive(u.gather(self._mask_now))
+def _alive(self:Sparsifier, u): return u.alive(self._mask_now)
 
 @patch
 def _percent(self:Sparsifier, u): # what every row has lost
@@ -464,7 +464,7 @@ def _forget_untrue(self:Sparsifier, end, method):
     in_all = lambda percents: sum(p*self.units[n].size for n,p in percents.items())
     less = [u for u in untrue if (end[u.name] < there[u.name] if method is local else in_all(end) < in_all(there))]
     for u in less:
-        alive = u.groups.alive(u.gather(lambda t: self._mask_now(t) | t.weight.bool()))
+        alive = u.alive(lambda t: self._mask_now(t) | t.weight.bool())
         self.masks |= {n: self._like(self.targets[n], m) for n,m in u.masks(alive, self._mask_now).items()}
     if less: self._update_followers()
     else:
@@ -609,7 +609,7 @@ def _choose(scores, i, k, groups, held): # which groups a target keeps
 def _tell(self:Sparsifier, plan, targets, got, method, bound, found, squeezed): # what did not come as it was asked for
     if plan.cost: said,matters = self._cost(plan)
     else: said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
-    sizes,zeros = [t.size for t in targets],sum(_zeros(t.gather(lambda t: t.weight)) for t in targets) if found else 0
+    sizes,zeros = [t.size for t in targets],sum(_zeros(t.weight) for u in targets for t in u.parts) if found else 0
     if plan.cost: zeros = 0
     if zeros - sum(got) > .01*sum(sizes) and not matters: # taken over, or never moved
         said = asked_and_got(sum(plan.end[t.name]*n/100 for t,n in zip(targets, sizes)), zeros, sum(sizes))
