@@ -123,10 +123,23 @@ def analysis_row(name, by):
         row |= dict(zip((f'{tool}, s', f'{tool}, forwards'), taken))
     return row
 
+def short_row(name, by):
+    "The same in a few words, for a reader in a hurry"
+    r,times = by[OURS],lambda k: f"{by[OURS]['dense'][k]/by[OURS]['small'][k]:.2f}×"
+    faster_ = {f'faster, batch {b}': f'{f[0]:.2f}×' if (f := faster(r, b)) else '—' for b in batches([r])}
+    told = {'equal': 'the same' if by.get(THEIRS, {}).get('small') == r['small'] else 'equal, larger'}
+    return {'model': name, 'fewer weights': times(0), 'fewer multiply-adds': times(1), **faster_, 'outputs': verdict(r),
+            'Torch-Pruning': told.get(verdict(by.get(THEIRS)), verdict(by.get(THEIRS)).split(':')[0])}
+
+SHORT = ('resnet18','resnet50','densenet121','mobilenet_v3_large','convnext_tiny','vit_b_16','DynamicUnet resnet18')
+
+def in_short(found): return markdown([short_row(n, found[n]) for n in SHORT if 'small' in found.get(n, {}).get(OURS, {})])
+
 def models(runs):
     found,sizes = arms(runs),batches(runs)
     there = {n: by for n,by in found.items() if any('forward' in r for r in by.values())}
     text = [markdown([model_row(n, by, sizes) for n,by in found.items()]), standing(found)]
+    if runs[0]['name'].startswith('coupled') and any(n in found for n in SHORT): text += ['In short:', in_short(found)]
     if there: text.append('Time to make the smaller model, measured once: `compact`, or graph and pruning.')
     if there: text.append(markdown([analysis_row(n, by) for n,by in there.items()]))
     return text
