@@ -341,3 +341,57 @@ def test_a_dry_run_of_a_callback():
     d = SparsifyCallback(50, 'coupled', 'local').dry_run(learn)
     assert [r.name for r in d.layers if r.plan] == ['0.weight', '3.weight'] and torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items()) and learn.opt is None
+
+
+# a plan in one value
+
+def test_a_plan_treats_layers_differently_and_later_keys_win():
+    learn = learner()
+    cb = SparsifyCallback({nn.Conv2d: dict(sparsity=50, granularity='filter', method='local'), '3': dict(sparsity=50, granularity='2:4'), nn.Linear: 80, '0': None})
+    assert isinstance(cb, SparsifyCallback) and type(copy.deepcopy(cb)) is type(cb)
+    d = cb.dry_run(learn)
+    assert [bool(r.plan) for r in d.layers] == [False, True, True] and '2:4' in d.layers[1].plan
+    fit(learn, 2, cb)
+    conv = learn.model[3].weight
+    assert ((conv != 0).view(16, 2, 4, 3, 3).sum(2) == 2).all() and (learn.model[0].weight != 0).all() and [round(r.percent) for r in cb.report.layers] == [50, 80]
+    assert cb.current_sparsity == cb.report.sparsity and len(cb.parts) == 2 and learn.recorder.metric_names[-3:] == ['sparsity', 'sparsity_2', 'time']
+
+
+def test_equal_settings_are_one_ranking():
+    learn = learner(sequences(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))))
+    cb = SparsifyCallback({'net.0': dict(sparsity=50), 'net.2': 50, 'net.4': 75, 'head': None}, schedule='one_shot')
+    fit(learn, 1, cb)
+    assert [sorted(p.sparsifier.targets) for p in cb.parts] == [['net.0.weight', 'net.2.weight'], ['net.4.weight']]
+    assert [round(p.current_sparsity) for p in cb.parts] == [50, 75] and all(len(p.history) == 1 for p in cb.parts)
+
+
+def test_parts_may_have_schedules_of_their_own_and_go_on_elsewhere():
+    plan = {'0': dict(sparsity=50, schedule='one_shot'), '3': dict(sparsity=75, schedule='lin')}
+    learn, cb = learner(), SparsifyCallback(plan)
+    fit(learn, 2, cb)
+    assert len(cb.parts[0].history) == 1 and len(cb.parts[1].history) > 1
+    again, other = SparsifyCallback(plan), learner()
+    again.load_state_dict(cb.state_dict())
+    other.model.load_state_dict(learn.model.state_dict())
+    fit(other, 1, again)
+    assert all(torch.equal(a.sparsifier.masks[n], k) for a, b in zip(again.parts, cb.parts) for n, k in b.sparsifier.masks.items())
+
+
+def test_coupled_channels_and_single_weights_in_one_plan():
+    learn = learner()
+    cb = SparsifyCallback({nn.Conv2d: dict(sparsity=50, granularity='coupled', method='local'), nn.Linear: 90})
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, cbs=cb)
+    assert [r.dead_filters for r in cb.report.layers[:2]] == [4, 8] and round(cb.report.layers[2].percent) == 90
+
+
+@pytest.mark.parametrize('plan, kwargs, says', [({'0': dict(granularity='filter')}, {}, 'have no sparsity'), ({'0': dict(sparsity=50, granulrity='filter')}, {}, "did you mean 'granularity'"),
+    ({'0': dict(sparsity=.5)}, {}, 'did you mean 50'), ({'0': dict(sparsity=50, layers='3')}, {}, 'the key says which layers'), ({'0': dict(sparsity=50)}, dict(layers='3'), 'leave layers= out'),
+    ({'0': dict(sparsity=60, granularity='2:4')}, {}, 'ask for 50'), ({3: dict(sparsity=60)}, {}, 'selects nothing')])
+def test_mistakes_in_a_plan(plan, kwargs, says):
+    with pytest.raises((ValueError, TypeError), match=says): SparsifyCallback(plan, **kwargs)
+
+
+def test_mistakes_in_a_plan_that_the_model_shows():
+    with pytest.raises(ValueError, match='matches no layer'): fit(learner(), 1, SparsifyCallback({'nope': dict(sparsity=50)}))
+    with pytest.raises(ValueError, match='leaves all layers dense'): fit(learner(), 1, SparsifyCallback({'0': dict(sparsity=50)}, exclude='0'))
+    with pytest.raises(ValueError, match='prune the same layers'): fit(learner(), 1, [SparsifyCallback({'0': dict(sparsity=50)}), SparsifyCallback(50)])
