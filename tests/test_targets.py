@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastai_helpers import Journal, fit, learner
 from torch import nn
+from torch.nn.utils import prune
 
 from fastsparse.callback import SparsifyCallback
 from fastsparse.criteria import available_criteria
@@ -395,3 +396,35 @@ def test_mistakes_in_a_plan_that_the_model_shows():
     with pytest.raises(ValueError, match='matches no layer'): fit(learner(), 1, SparsifyCallback({'nope': dict(sparsity=50)}))
     with pytest.raises(ValueError, match='leaves all layers dense'): fit(learner(), 1, SparsifyCallback({'0': dict(sparsity=50)}, exclude='0'))
     with pytest.raises(ValueError, match='prune the same layers'): fit(learner(), 1, [SparsifyCallback({'0': dict(sparsity=50)}), SparsifyCallback(50)])
+
+
+NORMED = {
+    'weight_norm': lambda m, p: nn.utils.parametrizations.weight_norm(m, p), 'spectral_norm': lambda m, p: nn.utils.parametrizations.spectral_norm(m, p),
+    'old weight_norm': lambda m, p: nn.utils.weight_norm(m, p), 'old spectral_norm': lambda m, p: nn.utils.spectral_norm(m, p),
+    'prune': lambda m, p: prune.l1_unstructured(m, p, .3),
+}
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*')
+@pytest.mark.parametrize('kind, param', [('GRU', 'weight_hh_l0'), ('attention', 'in_proj_weight')])
+@pytest.mark.parametrize('normed', NORMED)
+def test_what_a_parameter_is_computed_from_is_no_target(normed, kind, param):
+    m = make(kind)
+    rest = [f'layer.{n}' for n in TARGETS[kind] if n != param]
+    NORMED[normed](m.layer, param)
+    s = Sparsifier(m)
+    assert list(s.targets) == rest and list(s.left_dense) == [f'layer.{param}']
+    assert f'remove_weight_norm(layer, {param!r})' in s.left_dense[f'layer.{param}'] and s.reach() < 80
+    before = {n: p.clone() for n, p in m.named_parameters() if n not in rest}
+    rows = s.dry_run(50).layers
+    s.prune_model(50)
+    assert s.sparsity() == pytest.approx(50, abs=1) and all(torch.equal(p, m.get_parameter(n)) for n, p in before.items())
+    assert all('is computed at each forward' in r.why for r in rows if not r.plan)
+
+
+def test_a_pattern_means_only_what_is_there():
+    class Bank(nn.ParameterList): pass
+    register_layer(Bank, 'out in', dict(weight='out in'), '*')
+    m = nn.Sequential(Bank([nn.Parameter(torch.randn(4, 4)) for _ in range(2)]))
+    s = Sparsifier(m)
+    assert list(s.targets) == ['0.0', '0.1'] and not s.left_dense and s.reach() == 100
