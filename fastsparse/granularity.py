@@ -52,6 +52,13 @@ def _read_axes(axes): # '(gate:4 hidden) in' to a tuple of parts for each axis
     return tuple(tuple((p.partition(':')[0], size(p.partition(':')[2])) for p in parts) for parts in found)
 
 def _check_axes(cls, axes, parts, granularities):
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)) and not (isinstance(cls, str) and '.' in cls):
+        fix = f"; did you mean {type(cls).__name__}?" if isinstance(cls, nn.Module) else ''
+        raise ValueError(f"cls={cls!r} is no class of layers; pass a subclass of nn.Module, or its full name such as "
+                         f"'transformers.pytorch_utils.Conv1D'{fix}")
+    if not parts or re.search(r'[()]', re.sub(r'\([^()]*\)', '', axes)):
+        raise ValueError(f"axes={axes!r} cannot be read; name each axis of the parameter, such as 'out in' or "
+                         "'(gate:4 hidden) in'")
     names = [n for ps in parts for n,_ in ps]
     if len(set(names)) < len(names) or not all(sum(s is None for _,s in ps) == 1 for ps in parts):
         raise ValueError(f"the axes {axes!r} of {_cls_name(cls)} have to have names of their own, and in each (...) one "
@@ -325,14 +332,26 @@ def groups(self:Granularity,
 
 def _groups(layer, param, known, keep, reduce=torch.mean):
     shape,axes,full = tuple(getattr(layer, param).shape),[],[]
+    if len(shape) != len(known.parts):
+        raise ValueError(f"its {param} has the shape {shape}, but {_cls_name(layer)} is registered with the axes "
+                         f"{', '.join(known.axes)}; register_layer again with a name for each axis")
     for n,parts in zip(shape, known.parts):
-        sizes = [getattr(layer, s) if isinstance(s, str) else s for _,s in parts]
+        sizes = [_size_of(layer, s) if isinstance(s, str) else s for _,s in parts]
+        if len(sizes) > 1 and (n % (fixed := prod(s for s in sizes if s is not None)) or not n):
+            named = ', '.join(f'{a}:{s}' for a,s in parts if s is not None)
+            raise ValueError(f"its {param} has the shape {shape}, and {n} does not divide by {fixed} ({named}), as "
+                             f"{_cls_name(layer)} is registered")
         sizes = [n//prod(s for s in sizes if s is not None) if s is None else s for s in sizes]
         for (name,fixed),size in zip(parts, sizes): # a part of size 1 is none
             if size > 1 or fixed is None: axes.append(name); full.append(size)
     keep = set(keep.split()) & set(axes)
     if 'group' in axes and keep & {'out','in'}: keep.add('group')
     return Groups(shape, tuple(axes), frozenset(keep), None if tuple(full) == shape else tuple(full), reduce)
+
+def _size_of(layer, name):
+    if isinstance(size := getattr(layer, name, None), int) and size > 0: return size
+    raise ValueError(f"{_cls_name(layer)} is registered with the size {name!r} of a part of an axis, which has to be a "
+                     f"number or an attribute of the layer that is one, but it is {size!r}")
 
 def _check_plain(layer, param='weight'):
     if layer._parameters.get(param) is None:

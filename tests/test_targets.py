@@ -428,3 +428,26 @@ def test_a_pattern_means_only_what_is_there():
     m = nn.Sequential(Bank([nn.Parameter(torch.randn(4, 4)) for _ in range(2)]))
     s = Sparsifier(m)
     assert list(s.targets) == ['0.0', '0.1'] and not s.left_dense and s.reach() == 100
+
+
+@pytest.mark.parametrize('axes, says', [('out in k', r'shape \(6, 4\).*axes out, in, k'), ('(gate:4 out) in', 'does not divide by 4 .gate:4.'),
+    ('(gate:heads out) in', "'heads' of a part of an axis.*it is None")])
+def test_axes_that_do_not_fit_the_tensor(axes, says):
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.weight = nn.Parameter(torch.randn(6, 4))
+    register_layer(Odd, axes, dict(weight='out in', row='out'))
+    s = Sparsifier(nn.Sequential(Odd(), nn.Linear(4, 4)), 'row')
+    assert list(s.targets) == ['1.weight'] and list(s.left_dense) == ['0']
+    with pytest.raises(ValueError, match=says): Sparsifier(nn.Sequential(Odd(), nn.Linear(4, 4)), 'row', layers='0')
+
+
+@pytest.mark.parametrize('cls, axes, says', [(nn.ReLU(), 'out in', 'did you mean ReLU'), ('Conv1D', 'out in', 'full name'), (3, 'out in', 'no class of layers'),
+    (nn.ReLU, '', 'name each axis'), (nn.ReLU, 'out (in', 'name each axis')])
+def test_what_cannot_be_registered(cls, axes, says):
+    with pytest.raises(ValueError, match=says): register_layer(cls, axes, {})
+
+
+def test_a_tensor_of_two_names_in_one_layer_is_listed_once():
+    m = make('RNN')
+    m.layer.weight_hh_l0 = m.layer.weight_ih_l0 = nn.Parameter(torch.ones(12, 12))
+    assert [r.name for r in sparsity_report(m).layers] == ['layer.weight_ih_l0']
