@@ -234,7 +234,7 @@ class SparsifyCallback(HoldingCallback):
         reset_end:bool=False, # Rewind at the end of the fit too, which leaves the ticket untrained
         save_tickets:bool|str|Path=False, # Folder for the ticket of each round; True: `tickets` beside the models
     ):
-        if _has_settings(sparsity):
+        if _has_settings(sparsity) or isinstance(self, PlanCallback):
             self._become_plan({k: v for k,v in locals().items() if k != 'self'})
             return
         granularity,method = as_granularity(granularity),as_method(method)
@@ -540,7 +540,7 @@ class PlanCallback(SparsifyCallback):
     "Several `SparsifyCallback`s that act as one, made where `sparsity` is a dict of settings"
     name,_stateattrs = 'sparsify',SparsifyCallback._stateattrs + ('parts','_states')
 
-    def __init__(self, sparsity:dict, **settings): SparsifyCallback.__init__(self, sparsity, **settings)
+    def __init__(self, sparsity:dict, *args, **settings): SparsifyCallback.__init__(self, sparsity, *args, **settings)
 
     def _init_state(self):
         super()._init_state()
@@ -550,20 +550,27 @@ class PlanCallback(SparsifyCallback):
         "Let all parts run `event_name`"
         if getattr(self, 'learn', None) is None: return
         if event_name == 'before_fit' and not self.lock.locked():
-            self.parts,self.order = self.divide(get_model(self.learn.model)),HoldingCallback.order
-            for part,state in zip(self.parts, self._states or []): part.load_state_dict(state)
+            self.parts,self.order = self._trainable(self.divide(get_model(self.learn.model))),HoldingCallback.order
         for part in self.parts:
             part.learn = self.learn
             part(event_name)
+        if self.parts and not any(part._resumed for part in self.parts): self._states = None # has been taken up
         self.order = max((part.order for part in self.parts), default=self.order)
 
 @patch
 def _become_plan(self:SparsifyCallback, given): # given: all arguments of the call
     if given['layers'] is not None: raise ValueError("the keys of sparsity= say which layers; leave layers= out")
+    if not isinstance(given['sparsity'], dict) or not given['sparsity']:
+        raise ValueError(f"sparsity={given['sparsity']!r} is no plan; pass a dict such as "
+                         "{nn.Conv2d: dict(sparsity=50, granularity='filter'), nn.Linear: 90}")
+    if type(self) is SparsifyCallback: object.__setattr__(self, '__class__', PlanCallback)
+    elif not isinstance(self, PlanCallback):
+        raise ValueError(f"{type(self).__name__} cannot be a plan, whose parts are plain SparsifyCallbacks; "
+                         "pass one such callback for each of the settings, with layers=")
     defaults = {k: v for k,v in given.items() if k not in ('sparsity','layers','exclude')}
-    self.__class__ = PlanCallback
     self.plan = [(selector, _settings(selector, v, defaults)) for selector,v in given['sparsity'].items()]
     if given['exclude'] is not None: self.plan.append((given['exclude'], None))
+    self._said = set()
     self._init_state()
 
 def _settings(selector, v, defaults): # of one line of a plan; mistakes are told where they are made
@@ -582,21 +589,40 @@ def divide(self:PlanCallback,
     model, # Any PyTorch model
 ) -> list[SparsifyCallback]: # One for all that have the same settings
     "The parts of the plan, for this model"
-    owner = {}
+    model = getattr(model, '_orig_mod', model) # compiled
+    owner,names = {},{id(m): n for n,m in model.named_modules()}
     for selector,settings in self.plan:
+        out = {p.id for p in select_tensors(model, selector, 'sparsity key')}
         if settings is None:
-            out = {p.id for p in select_tensors(model, selector, 'sparsity key')}
             owner = {i: o for i,o in owner.items() if i not in out}
         else:
             targets,_ = find_targets(model, as_granularity(settings.get('granularity', 'weight')), selector)
-            owner |= {id(t.parameter): (t.name, settings) for t in targets}
+            owner |= {id(t.parameter): (f'{names[id(t.layer)]}.{t.param}'.lstrip('.'), settings) for t in targets}
     parts = []
     for name,settings in owner.values():
         names = next((ns for s,ns in parts if s == settings), None)
         if names is None: parts.append((settings, [name]))
         else: names.append(name)
     if not parts: raise ValueError("this plan leaves all layers dense")
-    return [SparsifyCallback(**s, layers=ns) for s,ns in parts]
+    made = [SparsifyCallback(**s, layers=ns) for s,ns in parts]
+    for i,part in enumerate(made): part._part = str(i)
+    if wrong := set(self._states or ()) - {part._part for part in made}:
+        raise ValueError(f"the state has the parts {sorted(self._states)}, but this plan has {len(made)} for this model; "
+                         f"{', '.join(sorted(map(str, wrong)))} cannot be taken up: both have to be as they were")
+    for part in made:
+        if part._part in (self._states or ()): part.load_state_dict(self._states[part._part])
+    return made
+
+@patch
+def _trainable(self:PlanCallback, parts): # a part of which all is frozen waits for another fit
+    if _frozen_phase(self.learn): return parts
+    grad = lambda p: getattr(p.layer._parameters.get(p.param), 'requires_grad', False)
+    model = getattr(get_model(self.learn.model), '_orig_mod', get_model(self.learn.model))
+    some = [part for part in parts if any(map(grad, select_tensors(model, part.layers)))] or parts
+    if gone := [', '.join(part.layers[:3]) + ', ...'*(len(part.layers) > 3) for part in parts if part not in some]:
+        self._tell_once([f"{'; '.join(gone)}: these parts of the plan are frozen and stay as they are, "
+                         "as they could not heal; learn.unfreeze() to prune all"])
+    return some
 
 # %% ../nbs/12_callback.ipynb #00195cb0
 @patch(as_prop=True)
@@ -614,14 +640,17 @@ def current_sparsity(self:PlanCallback) -> float: # Percent
 @patch
 def state_dict(self:PlanCallback) -> dict: # Tensors and numbers only
     "The state of each part"
-    return {str(i): part.state_dict() for i,part in enumerate(self.parts)}
+    if not self.parts: self._made()
+    return {part._part: part.state_dict() for part in self.parts}
 
 @patch
 def load_state_dict(self:PlanCallback,
     state:dict, # Made by `state_dict`
 ):
     "Start the next fit with the masks of `state`"
-    self._states = [state[str(i)] for i in range(len(state))]
+    if not isinstance(state, dict) or not all(isinstance(s, dict) for s in state.values()):
+        raise ValueError(f"the state {type(state).__name__} is not of a plan; it has to be the dict that state_dict() gave")
+    self._states = dict(state)
 
 @patch
 def dry_run(self:PlanCallback,
@@ -631,7 +660,8 @@ def dry_run(self:PlanCallback,
     "What a fit with this plan would come to, judged by the weights as they are now"
     runs = [part.dry_run(learn, example_input) for part in self.divide(get_model(learn.model))]
     rows = [next((l for l in ls if l.plan), ls[-1]) for ls in zip(*(r.layers for r in runs))]
-    zeros = runs[0].all_zeros + sum(l.zeros for r in runs[1:] for l in r.layers if l.plan)
+    there = sparsity_report(get_model(learn.model), {}).all_zeros
+    zeros = there + sum(r.all_zeros - there for r in runs)
     return DryRun(tuple(rows), zeros, runs[0].all_weights, tuple(dict.fromkeys(n for r in runs for n in r.notes)))
 
 # %% ../nbs/12_callback.ipynb #3f542c81

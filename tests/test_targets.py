@@ -8,7 +8,7 @@ from fastai_helpers import Journal, fit, learner
 from torch import nn
 from torch.nn.utils import prune
 
-from fastsparse.callback import SparsifyCallback
+from fastsparse.callback import PlanCallback, SparsifyCallback
 from fastsparse.criteria import available_criteria
 from fastsparse.granularity import NM, Outputs, available_granularities, layer_type, prunable_params, register_layer
 from fastsparse.report import sparsity_report
@@ -451,3 +451,89 @@ def test_a_tensor_of_two_names_in_one_layer_is_listed_once():
     m = make('RNN')
     m.layer.weight_hh_l0 = m.layer.weight_ih_l0 = nn.Parameter(torch.ones(12, 12))
     assert [r.name for r in sparsity_report(m).layers] == ['layer.weight_ih_l0']
+
+
+def plan(conv=50, head=20): return SparsifyCallback({nn.Conv2d: dict(sparsity=conv), nn.Linear: head})
+
+
+def test_a_state_of_a_plan_is_taken_up_once():
+    learn, cb = learner(), plan()
+    fit(learn, 1, cb)
+    state, again = cb.state_dict(), plan()
+    again.load_state_dict(state)
+    fit(learn, 1, again)
+    again.plan = plan(80, 60).plan
+    fit(learn, 1, again)
+    assert [list(p._start.values())[-1] > 15 for p in again.parts] == [True, True]
+    again.plan = plan(90, 90).plan # one part
+    fit(learn, 1, again)
+    assert len(again.parts) == 1 and round(again.current_sparsity) == 90
+
+
+@pytest.mark.parametrize('state, says', [([], 'is not of a plan'), ({'masks': 3}, 'is not of a plan'), ({'2': {}}, 'cannot be taken up'), ({'masks': {}}, 'cannot be taken up')])
+def test_a_state_of_something_else(state, says):
+    cb = plan()
+    with pytest.raises(RuntimeError, match='nothing has been sparsified'): cb.state_dict()
+    with pytest.raises(ValueError, match=says):
+        cb.load_state_dict(state)
+        fit(learner(), 1, cb)
+
+
+def test_a_plan_for_a_compiled_model():
+    learn, cb = learner(), plan()
+    learn.model = torch.compile(learn.model, backend='eager')
+    assert cb.dry_run(learn).zeros
+    fit(learn, 1, cb)
+    assert [round(float((learn.model._orig_mod[i].weight == 0).float().mean()), 1) for i in (3, 8)] == [.5, .2]
+
+
+def test_a_plan_prunes_a_shared_tensor_as_the_layer_that_its_key_means():
+    m = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16))
+    m[2].weight = m[0].weight
+    for key, axes in (('2', ('out', 'in')), (nn.Embedding, ('token', 'feature'))):
+        part, = SparsifyCallback({key: dict(sparsity=50, granularity='row')}, exclude='1').divide(m)
+        assert [t.groups.axes for t in find_targets(m, part.granularity, part.layers)[0]] == [axes]
+    part, = SparsifyCallback({'2': dict(sparsity=50, granularity='2:4')}).divide(m)
+    assert part.layers == ['2.weight']
+
+
+def test_a_dry_run_of_a_plan_counts_every_zero_once():
+    learn = learner()
+    Sparsifier(learn.model).prune_model(30)
+    d = plan().dry_run(learn)
+    assert d.all_zeros - sum(r.zeros for r in d.layers) == sum(int((p == 0).sum()) for p in learn.model.parameters() if p.dim() < 2)
+    learn, cb = learner(), SparsifyCallback({'0': dict(sparsity=50, granularity='filter'), '3': dict(sparsity=75, granularity='filter')})
+    follow = [cb.dry_run(learn).all_zeros - 8*18 for _ in range(2)]
+    s = Sparsifier(learn.model, 'filter', 'local', layers=['0', '3'])
+    d = s.dry_run({'0': 50, '3': 75})
+    assert cb.dry_run(learn).all_zeros == d.all_zeros and follow[0] == follow[1]
+
+
+def test_a_part_of_a_plan_that_is_frozen_stays():
+    learn = learner(splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
+    learn.freeze()
+    cb = plan()
+    with pytest.warns(SparsityWarning, match=r'0.weight, 3.weight: these parts of the plan are frozen'): fit(learn, 1, cb)
+    assert learn.model[3].weight.all() and (learn.model[8].weight == 0).sum() == 32
+    other = plan()
+    other.load_state_dict(cb.state_dict())
+    learn.unfreeze()
+    fit(learn, 1, other)
+    assert round(float((learn.model[3].weight == 0).float().mean()), 1) == .5 and (learn.model[8].weight == 0).sum() == 32
+
+
+def test_a_plan_says_what_it_is_not():
+    class Mine(SparsifyCallback): pass
+    with pytest.raises(ValueError, match='Mine cannot be a plan'): Mine({'0': dict(sparsity=50)})
+    for bad in (50, {}, None):
+        with pytest.raises(ValueError, match='is no plan'): PlanCallback(bad)
+    cb = PlanCallback({'0': 50, '3': None}, 'filter')
+    fit(learner(), 1, cb)
+    assert [r.dead_filters for r in cb.report.layers] == [4]
+    with pytest.raises(ValueError, match="sparsity key='q' matches no layer"): fit(learner(), 1, SparsifyCallback({'0': dict(sparsity=50), 'q': 3}))
+
+
+def test_a_plan_warns_of_nothing_when_it_is_made():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plan()
