@@ -64,8 +64,8 @@ def _stepped(learn):
 # %% ../nbs/12_callback.ipynb #9f8ad2a7
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
-    order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
-    _holder = _made_for_fit = None
+    order,_stateattrs = TrackerCallback.order-.5,('_holder','_held','_made_for_fit')
+    _holder = _held = _made_for_fit = None
     _epoch = -1
 
     def __call__(self, event_name):
@@ -78,7 +78,7 @@ class HoldingCallback(Callback):
 
     def before_fit(self):
         if self.lock.locked(): return # validate or get_preds, maybe in the middle of a fit of ours
-        self._holder,self._made_for_fit,self._epoch = None,None,-1 # also of a fit that broke
+        self._holder,self._held,self._made_for_fit,self._epoch = None,None,None,-1 # also of a fit that broke
         self.__dict__.pop('order', None)
         if not hasattr(self.learn, 'lr_finder'): self._made_for_fit = self.make_holder()
 
@@ -149,7 +149,7 @@ def after_fit(self:HoldingCallback):
     if self._holder is not None and self.train_iter:
         self._holder.apply_masks()
         self._holder.mask_state(self._optimizer_state())
-    self._holder = self._made_for_fit = None
+    self._held,self._holder,self._made_for_fit = self._holder,None,None # others may still end this fit
 
 # %% ../nbs/12_callback.ipynb #62274f41
 class KeepSparsityCallback(HoldingCallback):
@@ -184,7 +184,9 @@ class _Lost:
 
 def _saved(v): # an export must not fail, and leave the Learner half emptied, for a criterion that only trains
     try: pickle.dumps(v)
-    except Exception: return _Lost()
+    except Exception:
+        if type(v) in (list, tuple): return type(v)(map(_saved, v))
+        return {_saved(k): _saved(x) for k,x in v.items()} if type(v) is dict else _Lost()
     return v
 
 # %% ../nbs/12_callback.ipynb #b5b78fbe
@@ -382,7 +384,7 @@ def _at_start(self:SparsifyCallback): # what somebody would want to know before 
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.parameter) for t in sparsifier.targets.values()}
-    for cb in [part for some in self.learn.cbs for part in getattr(some, 'parts', None) or [some]]:
+    for cb in _parts(self.learn):
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
             if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.parameter) in mine]:
                 raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; "
@@ -521,14 +523,23 @@ def _check_rewind(self:SparsifyCallback):
                          f"{self.schedule.start_pct:.0%} of {self.n_epoch} epochs; "
                          "rewind to an earlier epoch or start the schedule later")
 
+def _parts(learn): return [part for cb in learn.cbs for part in getattr(cb, 'parts', None) or [cb]]
+
+@patch
+def _others(self:SparsifyCallback): # what else of this fit holds zeros, which a rewind of the whole model brings back
+    cbs = [cb for cb in _parts(self.learn) if isinstance(cb, HoldingCallback) and cb is not self]
+    holders = [cb._holder or getattr(cb, '_held', None) for cb in cbs]
+    return [h for h in holders if h is not None]
+
 @patch
 def _rewind(self:SparsifyCallback, percent=None):
     if self._snapshot is None:
         raise RuntimeError(f"the values of epoch {self.rewind_epoch} to rewind to were not seen: "
                            "that epoch was skipped")
     self._snapshot.restore(self.sparsifier.model, self.opt)
-    self.sparsifier.apply_masks()
-    self._holder.mask_state(self._optimizer_state())
+    for holder in (self.sparsifier, *self._others()):
+        holder.apply_masks()
+        holder.mask_state(self._optimizer_state())
     if self.save_tickets and percent is not None and rank_distrib() == 0:
         folder = self.path/self.model_dir/'tickets' if self.save_tickets is True else Path(self.save_tickets)
         save_ticket(self.sparsifier.model, folder, percent)

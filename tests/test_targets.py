@@ -1,10 +1,11 @@
 "Any tensor of any layer: recurrent layers, attention, embeddings, a user's own"
 import copy
+import pickle
 import warnings
 
 import pytest
 import torch
-from fastai_helpers import Journal, fit, learner
+from fastai_helpers import Journal, fit, learner, regrown
 from torch import nn
 from torch.nn.utils import prune
 
@@ -537,3 +538,22 @@ def test_a_plan_warns_of_nothing_when_it_is_made():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         plan()
+
+
+@pytest.mark.parametrize('first', [0, 1])
+@pytest.mark.parametrize('in_a_plan', [False, True])
+def test_a_rewind_of_one_leaves_the_zeros_of_the_others(in_a_plan, first):
+    learn, lottery = learner(), dict(sparsity=50, lth=True, schedule='iterative', reset_end=True)
+    settings = [('0', dict(sparsity=50)), ('3', lottery)][::1 if first else -1]
+    cbs = [SparsifyCallback(dict(settings))] if in_a_plan else [SparsifyCallback(layers=k, **v) for k, v in settings]
+    watched, parts = [], lambda: [p for cb in cbs for p in getattr(cb, 'parts', [cb]) if p.sparsifier]
+    hook = learn.model.register_forward_pre_hook(lambda *_: watched.append(sum(map(regrown, parts()))))
+    fit(learn, 4, cbs)
+    hook.remove()
+    assert not any(watched) and [int((learn.model[i].weight == 0).sum()) for i in (0, 3)] == [36, 576]
+
+
+def test_a_plan_with_a_function_that_cannot_be_saved():
+    cb = pickle.loads(pickle.dumps(SparsifyCallback({'0': dict(sparsity=50, criteria=lambda w: w.abs())})))
+    assert cb.plan[0][1]['sparsity'] == 50
+    with pytest.raises(RuntimeError, match='could not be saved with it'): fit(learner(), 1, cb)
