@@ -287,7 +287,12 @@ def dry_run(self:SparsifyCallback,
     example = first_inputs(learn) if example_input is None else example_input
     made = Sparsifier(get_model(learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude,
                       example_input=example)
-    return made.dry_run(self.sparsity, self.round_to)
+    run = made.dry_run(self.sparsity, self.round_to)
+    frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
+    if not frozen: return run
+    names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')
+    return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as they are, '
+                                           'until learn.unfreeze(), as the second half of fine_tune does.'))
 
 @patch
 def state_dict(self:SparsifyCallback) -> dict: # Tensors and numbers only

@@ -31,6 +31,9 @@ def check_selector(
     if isinstance(selector, (list,tuple)):
         if not selector: raise ValueError(f"{what}={selector!r} is empty; leave it out, or name at least one layer")
         for s in selector: check_selector(s, what)
+    elif isinstance(selector, torch.Tensor):
+        raise ValueError(f"{what}= is a tensor of shape {tuple(selector.shape)}; pass its name, "
+                         "one of model.named_parameters(), such as 'rnn.weight_hh_l0'")
     elif not (isinstance(selector, (str,nn.Module)) or callable(selector)):
         raise ValueError(f"{what}={selector!r} selects nothing; pass a type such as nn.Conv2d, "
                          "a name or pattern such as 'layer3.*', a module, a function (name, layer) -> bool, "

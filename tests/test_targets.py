@@ -557,3 +557,15 @@ def test_a_plan_with_a_function_that_cannot_be_saved():
     cb = pickle.loads(pickle.dumps(SparsifyCallback({'0': dict(sparsity=50, criteria=lambda w: w.abs())})))
     assert cb.plan[0][1]['sparsity'] == 50
     with pytest.raises(RuntimeError, match='could not be saved with it'): fit(learner(), 1, cb)
+
+
+def test_a_dry_run_says_what_is_frozen():
+    learn = learner(splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
+    for cb in (SparsifyCallback(50), plan()): assert not any('frozen' in n for n in cb.dry_run(learn).notes)
+    learn.freeze()
+    for cb in (SparsifyCallback(50), plan()): assert any('0.weight, 3.weight: frozen now' in n for n in cb.dry_run(learn).notes)
+
+
+def test_a_tensor_is_no_selector():
+    m = make('GRU')
+    with pytest.raises(ValueError, match=r'exclude= is a tensor of shape \(36, 12\); pass its name'): Sparsifier(m, exclude=m.layer.weight_hh_l0)
