@@ -291,7 +291,7 @@ def dry_run(self:SparsifyCallback,
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
     if not frozen: return run
     names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')
-    return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as they are, '
+    return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as is, '
                                            'until learn.unfreeze(), as the second half of fine_tune does.'))
 
 @patch
@@ -623,7 +623,7 @@ def divide(self:PlanCallback,
     made = [SparsifyCallback(**s, layers=ns) for s,ns in parts]
     for i,part in enumerate(made): part._part = str(i)
     if wrong := set(self._states or ()) - {part._part for part in made}:
-        raise ValueError(f"the state has the parts {sorted(self._states)}, but this plan has {len(made)} for this model; "
+        raise ValueError(f"the state has the parts {sorted(self._states)}, but this plan has {len(made)} here; "
                          f"{', '.join(sorted(map(str, wrong)))} cannot be taken up: both have to be as they were")
     for part in made:
         if part._part in (self._states or ()): part.load_state_dict(self._states[part._part])
@@ -665,7 +665,7 @@ def load_state_dict(self:PlanCallback,
 ):
     "Start the next fit with the masks of `state`"
     if not isinstance(state, dict) or not all(isinstance(s, dict) for s in state.values()):
-        raise ValueError(f"the state {type(state).__name__} is not of a plan; it has to be the dict that state_dict() gave")
+        raise ValueError(f"the state {type(state).__name__} is not of a plan; pass the dict that state_dict() gave")
     self._states = dict(state)
 
 @patch
