@@ -64,8 +64,8 @@ def _stepped(learn):
 # %% ../nbs/12_callback.ipynb #9f8ad2a7
 class HoldingCallback(Callback):
     "Keeps weights zero, as a `MaskHolder` says that is made at the start of each fit"
-    order,_stateattrs = TrackerCallback.order-.5,('_holder','_made_for_fit')
-    _holder = _made_for_fit = None
+    order,_stateattrs = TrackerCallback.order-.5,('_holder','_held','_made_for_fit')
+    _holder = _held = _made_for_fit = None
     _epoch = -1
 
     def __call__(self, event_name):
@@ -78,7 +78,7 @@ class HoldingCallback(Callback):
 
     def before_fit(self):
         if self.lock.locked(): return # validate or get_preds, maybe in the middle of a fit of ours
-        self._holder,self._made_for_fit,self._epoch = None,None,-1 # also of a fit that broke
+        self._holder,self._held,self._made_for_fit,self._epoch = None,None,None,-1 # also of a fit that broke
         self.__dict__.pop('order', None)
         if not hasattr(self.learn, 'lr_finder'): self._made_for_fit = self.make_holder()
 
@@ -149,7 +149,7 @@ def after_fit(self:HoldingCallback):
     if self._holder is not None and self.train_iter:
         self._holder.apply_masks()
         self._holder.mask_state(self._optimizer_state())
-    self._holder = self._made_for_fit = None
+    self._held,self._holder,self._made_for_fit = self._holder,None,None # others may still end this fit
 
 # %% ../nbs/12_callback.ipynb #62274f41
 class KeepSparsityCallback(HoldingCallback):
@@ -184,7 +184,9 @@ class _Lost:
 
 def _saved(v): # an export must not fail, and leave the Learner half emptied, for a criterion that only trains
     try: pickle.dumps(v)
-    except Exception: return _Lost()
+    except Exception:
+        if type(v) in (list, tuple): return type(v)(map(_saved, v))
+        return {_saved(k): _saved(x) for k,x in v.items()} if type(v) is dict else _Lost()
     return v
 
 # %% ../nbs/12_callback.ipynb #b5b78fbe
@@ -234,7 +236,7 @@ class SparsifyCallback(HoldingCallback):
         reset_end:bool=False, # Rewind at the end of the fit too, which leaves the ticket untrained
         save_tickets:bool|str|Path=False, # Folder for the ticket of each round; True: `tickets` beside the models
     ):
-        if _has_settings(sparsity):
+        if _has_settings(sparsity) or isinstance(self, PlanCallback):
             self._become_plan({k: v for k,v in locals().items() if k != 'self'})
             return
         granularity,method = as_granularity(granularity),as_method(method)
@@ -285,7 +287,12 @@ def dry_run(self:SparsifyCallback,
     example = first_inputs(learn) if example_input is None else example_input
     made = Sparsifier(get_model(learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude,
                       example_input=example)
-    return made.dry_run(self.sparsity, self.round_to)
+    run = made.dry_run(self.sparsity, self.round_to)
+    frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
+    if not frozen: return run
+    names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')
+    return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as is, '
+                                           'until learn.unfreeze(), as the second half of fine_tune does.'))
 
 @patch
 def state_dict(self:SparsifyCallback) -> dict: # Tensors and numbers only
@@ -382,7 +389,7 @@ def _at_start(self:SparsifyCallback): # what somebody would want to know before 
 @patch
 def _check_alone(self:SparsifyCallback, sparsifier):
     mine = {id(t.parameter) for t in sparsifier.targets.values()}
-    for cb in [part for some in self.learn.cbs for part in getattr(some, 'parts', None) or [some]]:
+    for cb in _parts(self.learn):
         if isinstance(cb, SparsifyCallback) and cb is not self and cb._made_for_fit is not None:
             if both := [t.layer_name for t in cb._made_for_fit.targets.values() if id(t.parameter) in mine]:
                 raise ValueError(f"two SparsifyCallbacks would prune the same layers: {', '.join(both[:5])}; "
@@ -521,14 +528,23 @@ def _check_rewind(self:SparsifyCallback):
                          f"{self.schedule.start_pct:.0%} of {self.n_epoch} epochs; "
                          "rewind to an earlier epoch or start the schedule later")
 
+def _parts(learn): return [part for cb in learn.cbs for part in getattr(cb, 'parts', None) or [cb]]
+
+@patch
+def _others(self:SparsifyCallback): # what else of this fit holds zeros, which a rewind of the whole model brings back
+    cbs = [cb for cb in _parts(self.learn) if isinstance(cb, HoldingCallback) and cb is not self]
+    holders = [cb._holder or getattr(cb, '_held', None) for cb in cbs]
+    return [h for h in holders if h is not None]
+
 @patch
 def _rewind(self:SparsifyCallback, percent=None):
     if self._snapshot is None:
         raise RuntimeError(f"the values of epoch {self.rewind_epoch} to rewind to were not seen: "
                            "that epoch was skipped")
     self._snapshot.restore(self.sparsifier.model, self.opt)
-    self.sparsifier.apply_masks()
-    self._holder.mask_state(self._optimizer_state())
+    for holder in (self.sparsifier, *self._others()):
+        holder.apply_masks()
+        holder.mask_state(self._optimizer_state())
     if self.save_tickets and percent is not None and rank_distrib() == 0:
         folder = self.path/self.model_dir/'tickets' if self.save_tickets is True else Path(self.save_tickets)
         save_ticket(self.sparsifier.model, folder, percent)
@@ -540,7 +556,7 @@ class PlanCallback(SparsifyCallback):
     "Several `SparsifyCallback`s that act as one, made where `sparsity` is a dict of settings"
     name,_stateattrs = 'sparsify',SparsifyCallback._stateattrs + ('parts','_states')
 
-    def __init__(self, sparsity:dict, **settings): SparsifyCallback.__init__(self, sparsity, **settings)
+    def __init__(self, sparsity:dict, *args, **settings): SparsifyCallback.__init__(self, sparsity, *args, **settings)
 
     def _init_state(self):
         super()._init_state()
@@ -550,20 +566,27 @@ class PlanCallback(SparsifyCallback):
         "Let all parts run `event_name`"
         if getattr(self, 'learn', None) is None: return
         if event_name == 'before_fit' and not self.lock.locked():
-            self.parts,self.order = self.divide(get_model(self.learn.model)),HoldingCallback.order
-            for part,state in zip(self.parts, self._states or []): part.load_state_dict(state)
+            self.parts,self.order = self._trainable(self.divide(get_model(self.learn.model))),HoldingCallback.order
         for part in self.parts:
             part.learn = self.learn
             part(event_name)
+        if self.parts and not any(part._resumed for part in self.parts): self._states = None # has been taken up
         self.order = max((part.order for part in self.parts), default=self.order)
 
 @patch
 def _become_plan(self:SparsifyCallback, given): # given: all arguments of the call
     if given['layers'] is not None: raise ValueError("the keys of sparsity= say which layers; leave layers= out")
+    if not isinstance(given['sparsity'], dict) or not given['sparsity']:
+        raise ValueError(f"sparsity={given['sparsity']!r} is no plan; pass a dict such as "
+                         "{nn.Conv2d: dict(sparsity=50, granularity='filter'), nn.Linear: 90}")
+    if type(self) is SparsifyCallback: object.__setattr__(self, '__class__', PlanCallback)
+    elif not isinstance(self, PlanCallback):
+        raise ValueError(f"{type(self).__name__} cannot be a plan, whose parts are plain SparsifyCallbacks; "
+                         "pass one such callback for each of the settings, with layers=")
     defaults = {k: v for k,v in given.items() if k not in ('sparsity','layers','exclude')}
-    self.__class__ = PlanCallback
     self.plan = [(selector, _settings(selector, v, defaults)) for selector,v in given['sparsity'].items()]
     if given['exclude'] is not None: self.plan.append((given['exclude'], None))
+    self._said = set()
     self._init_state()
 
 def _settings(selector, v, defaults): # of one line of a plan; mistakes are told where they are made
@@ -582,21 +605,40 @@ def divide(self:PlanCallback,
     model, # Any PyTorch model
 ) -> list[SparsifyCallback]: # One for all that have the same settings
     "The parts of the plan, for this model"
-    owner = {}
+    model = getattr(model, '_orig_mod', model) # compiled
+    owner,names = {},{id(m): n for n,m in model.named_modules()}
     for selector,settings in self.plan:
+        out = {p.id for p in select_tensors(model, selector, 'sparsity key')}
         if settings is None:
-            out = {p.id for p in select_tensors(model, selector, 'sparsity key')}
             owner = {i: o for i,o in owner.items() if i not in out}
         else:
             targets,_ = find_targets(model, as_granularity(settings.get('granularity', 'weight')), selector)
-            owner |= {id(t.parameter): (t.name, settings) for t in targets}
+            owner |= {id(t.parameter): (f'{names[id(t.layer)]}.{t.param}'.lstrip('.'), settings) for t in targets}
     parts = []
     for name,settings in owner.values():
         names = next((ns for s,ns in parts if s == settings), None)
         if names is None: parts.append((settings, [name]))
         else: names.append(name)
     if not parts: raise ValueError("this plan leaves all layers dense")
-    return [SparsifyCallback(**s, layers=ns) for s,ns in parts]
+    made = [SparsifyCallback(**s, layers=ns) for s,ns in parts]
+    for i,part in enumerate(made): part._part = str(i)
+    if wrong := set(self._states or ()) - {part._part for part in made}:
+        raise ValueError(f"the state has the parts {sorted(self._states)}, but this plan has {len(made)} here; "
+                         f"{', '.join(sorted(map(str, wrong)))} cannot be taken up: both have to be as they were")
+    for part in made:
+        if part._part in (self._states or ()): part.load_state_dict(self._states[part._part])
+    return made
+
+@patch
+def _trainable(self:PlanCallback, parts): # a part of which all is frozen waits for another fit
+    if _frozen_phase(self.learn): return parts
+    grad = lambda p: getattr(p.layer._parameters.get(p.param), 'requires_grad', False)
+    model = getattr(get_model(self.learn.model), '_orig_mod', get_model(self.learn.model))
+    some = [part for part in parts if any(map(grad, select_tensors(model, part.layers)))] or parts
+    if gone := [', '.join(part.layers[:3]) + ', ...'*(len(part.layers) > 3) for part in parts if part not in some]:
+        self._tell_once([f"{'; '.join(gone)}: these parts of the plan are frozen and stay as they are, "
+                         "as they could not heal; learn.unfreeze() to prune all"])
+    return some
 
 # %% ../nbs/12_callback.ipynb #00195cb0
 @patch(as_prop=True)
@@ -614,14 +656,17 @@ def current_sparsity(self:PlanCallback) -> float: # Percent
 @patch
 def state_dict(self:PlanCallback) -> dict: # Tensors and numbers only
     "The state of each part"
-    return {str(i): part.state_dict() for i,part in enumerate(self.parts)}
+    if not self.parts: self._made()
+    return {part._part: part.state_dict() for part in self.parts}
 
 @patch
 def load_state_dict(self:PlanCallback,
     state:dict, # Made by `state_dict`
 ):
     "Start the next fit with the masks of `state`"
-    self._states = [state[str(i)] for i in range(len(state))]
+    if not isinstance(state, dict) or not all(isinstance(s, dict) for s in state.values()):
+        raise ValueError(f"the state {type(state).__name__} is not of a plan; pass the dict that state_dict() gave")
+    self._states = dict(state)
 
 @patch
 def dry_run(self:PlanCallback,
@@ -631,7 +676,8 @@ def dry_run(self:PlanCallback,
     "What a fit with this plan would come to, judged by the weights as they are now"
     runs = [part.dry_run(learn, example_input) for part in self.divide(get_model(learn.model))]
     rows = [next((l for l in ls if l.plan), ls[-1]) for ls in zip(*(r.layers for r in runs))]
-    zeros = runs[0].all_zeros + sum(l.zeros for r in runs[1:] for l in r.layers if l.plan)
+    there = sparsity_report(get_model(learn.model), {}).all_zeros
+    zeros = there + sum(r.all_zeros - there for r in runs)
     return DryRun(tuple(rows), zeros, runs[0].all_weights, tuple(dict.fromkeys(n for r in runs for n in r.notes)))
 
 # %% ../nbs/12_callback.ipynb #3f542c81

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .granularity import Groups, is_registered, layer_type, prunable_params
+from .granularity import Groups, is_registered, layer_type, made_of, prunable_params
 from .mask import why_unfit
 
 # %% ../nbs/05_select.ipynb #9ee1331f
@@ -31,6 +31,9 @@ def check_selector(
     if isinstance(selector, (list,tuple)):
         if not selector: raise ValueError(f"{what}={selector!r} is empty; leave it out, or name at least one layer")
         for s in selector: check_selector(s, what)
+    elif isinstance(selector, torch.Tensor):
+        raise ValueError(f"{what}= is a tensor of shape {tuple(selector.shape)}; pass its name, "
+                         "one of model.named_parameters(), such as 'rnn.weight_hh_l0'")
     elif not (isinstance(selector, (str,nn.Module)) or callable(selector)):
         raise ValueError(f"{what}={selector!r} selects nothing; pass a type such as nn.Conv2d, "
                          "a name or pattern such as 'layer3.*', a module, a function (name, layer) -> bool, "
@@ -105,7 +108,8 @@ def tensor_id(
 ) -> int: # The same for two layers that share it
     "The identity of a parameter of `layer`; of the layer itself if that is computed anew each time"
     weight = layer._parameters.get(param)
-    return id(layer if weight is None else weight)
+    if weight is None: return id(layer) if param == 'weight' else hash((id(layer), param))
+    return id(weight)
 
 # %% ../nbs/05_select.ipynb #d744dfbc
 @patch(as_prop=True)
@@ -139,9 +143,10 @@ def masks(self:Target,
 def _computed(layer, param='weight'): # what is wrong with a layer that has no plain parameter of this name
     if layer._parameters.get(param) is not None: return ''
     if param in layer._parameters: return f'its {param} is None'
-    return ("its weight is computed at each forward, so zeros in it would not last; make it a plain parameter first "
-            "(torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm(layer), "
-            "remove_spectral_norm(layer) or torch.nn.utils.prune.remove(layer, 'weight'))")
+    more = '' if param == 'weight' else f', {param!r}'
+    return (f"its {param} is computed at each forward, so zeros in it would not last; make it a plain parameter first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations(layer, {param!r}), remove_weight_norm(layer{more}), "
+            f"remove_spectral_norm(layer{more}) or torch.nn.utils.prune.remove(layer, {param!r}))")
 
 # %% ../nbs/05_select.ipynb #999090e7
 class _WatchWeight(TorchDispatchMode):
@@ -223,6 +228,11 @@ class Place(NamedTuple):
     def id(self): return tensor_id(self.layer, self.param)
     @property
     def known(self): return layer_type(self.layer, self.param)
+    @property
+    def made(self): # the label of what is computed from it, if anything
+        of,found,param = f'.{self.of}'.partition('.parametrizations.')
+        if not found: of,param = self.of,made_of(self.layer, self.param)
+        return (of if param == 'weight' else f'{of}.{param}').lstrip('.') if param else None
 
 def places(
     model:nn.Module, # Any model
@@ -295,7 +305,7 @@ def _split(model, chosen, left_out, granularity, layers): # of the chosen places
     shy = {p.id: p for p in places(model) if p.known and not p.known.default}
     meant = {p.id for p in chosen if named(p)}
     for p in chosen:
-        if p.id in left_out or p.id in seen or p.of.partition('.parametrizations')[0] in dense: continue
+        if p.id in left_out or p.id in seen or p.made in dense: continue
         groups,why = _why_dense(p, granularity, layers is not None)
         if not why and p.id in shy and p.id not in meant: groups,why = None,_shy.format(type(shy[p.id].layer).__name__)
         if why:

@@ -683,7 +683,8 @@ def _planned_row(self:Sparsifier, p):
     t = next((t for t in self.targets.values() if t.name not in self.frozen and p.id == tensor_id(t.layer, t.param)), None)
     try: row = {k: v for k,v in vars(LayerReport.of(p.name, p.layer, p.param)).items() if k != 'name'}
     except ValueError as e: return PlannedLayer(p.name, type(p.layer).__name__, (), 0, 0, why=str(e))
-    if t is None: return PlannedLayer(p.name, **row, why=self.left_dense.get(p.label, 'left out, or not asked for'))
+    why = self.left_dense.get(p.label) or self.left_dense.get(p.made, 'left out, or not asked for')
+    if t is None: return PlannedLayer(p.name, **row, why=why)
     alive = t.groups.alive(self._mask_now(t))
     follows = tuple(f.name for f in self._followers if t.name in f.targets and not self._following.get(f.name, alive).all())
     plan = f'{self.granularity}, {_name(self.method)}, {_name(self.criteria)}'
@@ -760,9 +761,16 @@ def reach(self:Sparsifier) -> float: # Percent
     "How much of what could be asked for the targets are: of all tensors of two or more axes that nobody left out"
     held = sum(t.weight.numel() for n,t in self.targets.items() if n not in self.frozen)
     params,layers = dict(self.model.named_parameters()),dict(self.model.named_modules())
-    dense = {id(p): p for n in self.left_dense for p in ([params[n]] if n in params else layers[n].parameters())}
+    dense = {id(p): p for n in self.left_dense for p in _tensors(n, params, layers)}
     there = [p for p in dense.values() if not isinstance(p, nn.parameter.UninitializedParameter) and p.dim() > 1]
     return 100*held/(held + sum(p.numel() for p in there))
+
+def _tensors(n, params, layers): # that a label of `left_dense` stands for
+    if n in params: return [params[n]]
+    if n in layers: return layers[n].parameters()
+    of,_,param = n.rpartition('.') # computed from others
+    return [p for k,p in params.items() if k in (f'{n}_g', f'{n}_v', f'{n}_orig')
+            or k.startswith(f'{of}.parametrizations.{param}.'.lstrip('.'))]
 
 @patch
 def report(self:Sparsifier) -> SparsityReport: # A value that shows itself as a table

@@ -1,13 +1,15 @@
 "Any tensor of any layer: recurrent layers, attention, embeddings, a user's own"
 import copy
+import pickle
 import warnings
 
 import pytest
 import torch
-from fastai_helpers import Journal, fit, learner
+from fastai_helpers import Journal, fit, learner, regrown
 from torch import nn
+from torch.nn.utils import prune
 
-from fastsparse.callback import SparsifyCallback
+from fastsparse.callback import PlanCallback, SparsifyCallback
 from fastsparse.criteria import available_criteria
 from fastsparse.granularity import NM, Outputs, available_granularities, layer_type, prunable_params, register_layer
 from fastsparse.report import sparsity_report
@@ -395,3 +397,175 @@ def test_mistakes_in_a_plan_that_the_model_shows():
     with pytest.raises(ValueError, match='matches no layer'): fit(learner(), 1, SparsifyCallback({'nope': dict(sparsity=50)}))
     with pytest.raises(ValueError, match='leaves all layers dense'): fit(learner(), 1, SparsifyCallback({'0': dict(sparsity=50)}, exclude='0'))
     with pytest.raises(ValueError, match='prune the same layers'): fit(learner(), 1, [SparsifyCallback({'0': dict(sparsity=50)}), SparsifyCallback(50)])
+
+
+NORMED = {
+    'weight_norm': lambda m, p: nn.utils.parametrizations.weight_norm(m, p), 'spectral_norm': lambda m, p: nn.utils.parametrizations.spectral_norm(m, p),
+    'old weight_norm': lambda m, p: nn.utils.weight_norm(m, p), 'old spectral_norm': lambda m, p: nn.utils.spectral_norm(m, p),
+    'prune': lambda m, p: prune.l1_unstructured(m, p, .3),
+}
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*')
+@pytest.mark.parametrize('kind, param', [('GRU', 'weight_hh_l0'), ('attention', 'in_proj_weight')])
+@pytest.mark.parametrize('normed', NORMED)
+def test_what_a_parameter_is_computed_from_is_no_target(normed, kind, param):
+    m = make(kind)
+    rest = [f'layer.{n}' for n in TARGETS[kind] if n != param]
+    NORMED[normed](m.layer, param)
+    s = Sparsifier(m)
+    assert list(s.targets) == rest and list(s.left_dense) == [f'layer.{param}']
+    assert f'remove_weight_norm(layer, {param!r})' in s.left_dense[f'layer.{param}'] and s.reach() < 80
+    before = {n: p.clone() for n, p in m.named_parameters() if n not in rest}
+    rows = s.dry_run(50).layers
+    s.prune_model(50)
+    assert s.sparsity() == pytest.approx(50, abs=1) and all(torch.equal(p, m.get_parameter(n)) for n, p in before.items())
+    assert all('is computed at each forward' in r.why for r in rows if not r.plan)
+
+
+def test_a_pattern_means_only_what_is_there():
+    class Bank(nn.ParameterList): pass
+    register_layer(Bank, 'out in', dict(weight='out in'), '*')
+    m = nn.Sequential(Bank([nn.Parameter(torch.randn(4, 4)) for _ in range(2)]))
+    s = Sparsifier(m)
+    assert list(s.targets) == ['0.0', '0.1'] and not s.left_dense and s.reach() == 100
+
+
+@pytest.mark.parametrize('axes, says', [('out in k', r'shape \(6, 4\).*axes out, in, k'), ('(gate:4 out) in', 'does not divide by 4 .gate:4.'),
+    ('(gate:heads out) in', "'heads' of a part of an axis.*it is None")])
+def test_axes_that_do_not_fit_the_tensor(axes, says):
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.weight = nn.Parameter(torch.randn(6, 4))
+    register_layer(Odd, axes, dict(weight='out in', row='out'))
+    s = Sparsifier(nn.Sequential(Odd(), nn.Linear(4, 4)), 'row')
+    assert list(s.targets) == ['1.weight'] and list(s.left_dense) == ['0']
+    with pytest.raises(ValueError, match=says): Sparsifier(nn.Sequential(Odd(), nn.Linear(4, 4)), 'row', layers='0')
+
+
+@pytest.mark.parametrize('cls, axes, says', [(nn.ReLU(), 'out in', 'did you mean ReLU'), ('Conv1D', 'out in', 'full name'), (3, 'out in', 'no class of layers'),
+    (nn.ReLU, '', 'name each axis'), (nn.ReLU, 'out (in', 'name each axis')])
+def test_what_cannot_be_registered(cls, axes, says):
+    with pytest.raises(ValueError, match=says): register_layer(cls, axes, {})
+
+
+def test_a_tensor_of_two_names_in_one_layer_is_listed_once():
+    m = make('RNN')
+    m.layer.weight_hh_l0 = m.layer.weight_ih_l0 = nn.Parameter(torch.ones(12, 12))
+    assert [r.name for r in sparsity_report(m).layers] == ['layer.weight_ih_l0']
+
+
+def plan(conv=50, head=20): return SparsifyCallback({nn.Conv2d: dict(sparsity=conv), nn.Linear: head})
+
+
+def test_a_state_of_a_plan_is_taken_up_once():
+    learn, cb = learner(), plan()
+    fit(learn, 1, cb)
+    state, again = cb.state_dict(), plan()
+    again.load_state_dict(state)
+    fit(learn, 1, again)
+    again.plan = plan(80, 60).plan
+    fit(learn, 1, again)
+    assert [list(p._start.values())[-1] > 15 for p in again.parts] == [True, True]
+    again.plan = plan(90, 90).plan # one part
+    fit(learn, 1, again)
+    assert len(again.parts) == 1 and round(again.current_sparsity) == 90
+
+
+@pytest.mark.parametrize('state, says', [([], 'is not of a plan'), ({'masks': 3}, 'is not of a plan'), ({'2': {}}, 'cannot be taken up'), ({'masks': {}}, 'cannot be taken up')])
+def test_a_state_of_something_else(state, says):
+    cb = plan()
+    with pytest.raises(RuntimeError, match='nothing has been sparsified'): cb.state_dict()
+    with pytest.raises(ValueError, match=says):
+        cb.load_state_dict(state)
+        fit(learner(), 1, cb)
+
+
+def test_a_plan_for_a_compiled_model():
+    learn, cb = learner(), plan()
+    learn.model = torch.compile(learn.model, backend='eager')
+    assert cb.dry_run(learn).zeros
+    fit(learn, 1, cb)
+    assert [round(float((learn.model._orig_mod[i].weight == 0).float().mean()), 1) for i in (3, 8)] == [.5, .2]
+
+
+def test_a_plan_prunes_a_shared_tensor_as_the_layer_that_its_key_means():
+    m = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16))
+    m[2].weight = m[0].weight
+    for key, axes in (('2', ('out', 'in')), (nn.Embedding, ('token', 'feature'))):
+        part, = SparsifyCallback({key: dict(sparsity=50, granularity='row')}, exclude='1').divide(m)
+        assert [t.groups.axes for t in find_targets(m, part.granularity, part.layers)[0]] == [axes]
+    part, = SparsifyCallback({'2': dict(sparsity=50, granularity='2:4')}).divide(m)
+    assert part.layers == ['2.weight']
+
+
+def test_a_dry_run_of_a_plan_counts_every_zero_once():
+    learn = learner()
+    Sparsifier(learn.model).prune_model(30)
+    d = plan().dry_run(learn)
+    assert d.all_zeros - sum(r.zeros for r in d.layers) == sum(int((p == 0).sum()) for p in learn.model.parameters() if p.dim() < 2)
+    learn, cb = learner(), SparsifyCallback({'0': dict(sparsity=50, granularity='filter'), '3': dict(sparsity=75, granularity='filter')})
+    follow = [cb.dry_run(learn).all_zeros - 8*18 for _ in range(2)]
+    s = Sparsifier(learn.model, 'filter', 'local', layers=['0', '3'])
+    d = s.dry_run({'0': 50, '3': 75})
+    assert cb.dry_run(learn).all_zeros == d.all_zeros and follow[0] == follow[1]
+
+
+def test_a_part_of_a_plan_that_is_frozen_stays():
+    learn = learner(splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
+    learn.freeze()
+    cb = plan()
+    with pytest.warns(SparsityWarning, match=r'0.weight, 3.weight: these parts of the plan are frozen'): fit(learn, 1, cb)
+    assert learn.model[3].weight.all() and (learn.model[8].weight == 0).sum() == 32
+    other = plan()
+    other.load_state_dict(cb.state_dict())
+    learn.unfreeze()
+    fit(learn, 1, other)
+    assert round(float((learn.model[3].weight == 0).float().mean()), 1) == .5 and (learn.model[8].weight == 0).sum() == 32
+
+
+def test_a_plan_says_what_it_is_not():
+    class Mine(SparsifyCallback): pass
+    with pytest.raises(ValueError, match='Mine cannot be a plan'): Mine({'0': dict(sparsity=50)})
+    for bad in (50, {}, None):
+        with pytest.raises(ValueError, match='is no plan'): PlanCallback(bad)
+    cb = PlanCallback({'0': 50, '3': None}, 'filter')
+    fit(learner(), 1, cb)
+    assert [r.dead_filters for r in cb.report.layers] == [4]
+    with pytest.raises(ValueError, match="sparsity key='q' matches no layer"): fit(learner(), 1, SparsifyCallback({'0': dict(sparsity=50), 'q': 3}))
+
+
+def test_a_plan_warns_of_nothing_when_it_is_made():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plan()
+
+
+@pytest.mark.parametrize('first', [0, 1])
+@pytest.mark.parametrize('in_a_plan', [False, True])
+def test_a_rewind_of_one_leaves_the_zeros_of_the_others(in_a_plan, first):
+    learn, lottery = learner(), dict(sparsity=50, lth=True, schedule='iterative', reset_end=True)
+    settings = [('0', dict(sparsity=50)), ('3', lottery)][::1 if first else -1]
+    cbs = [SparsifyCallback(dict(settings))] if in_a_plan else [SparsifyCallback(layers=k, **v) for k, v in settings]
+    watched, parts = [], lambda: [p for cb in cbs for p in getattr(cb, 'parts', [cb]) if p.sparsifier]
+    hook = learn.model.register_forward_pre_hook(lambda *_: watched.append(sum(map(regrown, parts()))))
+    fit(learn, 4, cbs)
+    hook.remove()
+    assert not any(watched) and [int((learn.model[i].weight == 0).sum()) for i in (0, 3)] == [36, 576]
+
+
+def test_a_plan_with_a_function_that_cannot_be_saved():
+    cb = pickle.loads(pickle.dumps(SparsifyCallback({'0': dict(sparsity=50, criteria=lambda w: w.abs())})))
+    assert cb.plan[0][1]['sparsity'] == 50
+    with pytest.raises(RuntimeError, match='could not be saved with it'): fit(learner(), 1, cb)
+
+
+def test_a_dry_run_says_what_is_frozen():
+    learn = learner(splitter=lambda m: [list(m[:6].parameters()), list(m[6:].parameters())])
+    for cb in (SparsifyCallback(50), plan()): assert not any('frozen' in n for n in cb.dry_run(learn).notes)
+    learn.freeze()
+    for cb in (SparsifyCallback(50), plan()): assert any('0.weight, 3.weight: frozen now' in n for n in cb.dry_run(learn).notes)
+
+
+def test_a_tensor_is_no_selector():
+    m = make('GRU')
+    with pytest.raises(ValueError, match=r'exclude= is a tensor of shape \(36, 12\); pass its name'): Sparsifier(m, exclude=m.layer.weight_hh_l0)
