@@ -595,7 +595,8 @@ def _settings(selector, v, defaults): # of one line of a plan; mistakes are told
     v = v if isinstance(v, dict) else dict(sparsity=v)
     if wrong := {'layers','exclude'} & v.keys(): raise ValueError(f"{wrong.pop()}= in the settings of {selector!r}: "
                                                                    "the key says which layers are meant")
-    if 'sparsity' not in v: raise ValueError(f"the settings of {selector!r} have no sparsity, such as dict(sparsity=50)")
+    if 'sparsity' not in v:
+        raise ValueError(f"the settings of {selector!r} have no sparsity, such as dict(sparsity=50)")
     SparsifyCallback(**defaults | v)
     return defaults | v
 
@@ -646,7 +647,8 @@ def report(self:PlanCallback) -> SparsityReport: # A value that shows itself as 
     "What is zero now, counted layer by layer"
     made = [part._made() for part in self.parts] or [self._made()]
     layers = {n: at for s in made for n,at in s._layers_now().items()}
-    return sparsity_report(made[0].model, layers, tuple(dict.fromkeys(n for s in made for n in s._told + tuple(s.flow_notes()))))
+    notes = dict.fromkeys(n for s in made for n in s._told + tuple(s.flow_notes()))
+    return sparsity_report(made[0].model, layers, tuple(notes))
 
 @patch(as_prop=True)
 def current_sparsity(self:PlanCallback) -> float: # Percent

@@ -38,7 +38,7 @@ class LayerType:
     "What is known of one tensor of one class of layers"
     axes:tuple[str,...] # Names of the axes, in order; of an axis that is made of parts the last one
     granularities:dict[str,str] # Name to the axes it keeps, separated by blanks
-    parts:tuple=() # For each axis its parts, as pairs of a name and a size: a number, an attribute of the layer, or None
+    parts:tuple=() # For each axis its parts: pairs of a name and a size, which is a number, an attribute or None
     default:bool=True # False for tensors that are pruned only when they are named
 
     @property
@@ -61,14 +61,15 @@ def _check_axes(cls, axes, parts, granularities):
                          "'(gate:4 hidden) in'")
     names = [n for ps in parts for n,_ in ps]
     if len(set(names)) < len(names) or not all(sum(s is None for _,s in ps) == 1 for ps in parts):
-        raise ValueError(f"the axes {axes!r} of {_cls_name(cls)} have to have names of their own, and in each (...) one "
+        raise ValueError(f"the axes {axes!r} of {_cls_name(cls)} have to have names of their own, in each (...) one "
                          "part without a size, such as '(gate:4 hidden) in'")
     for name,keep in granularities.items():
         if unknown := set(keep.split()) - set(names):
-            raise ValueError(f"granularity {name!r} of {_cls_name(cls)} keeps {sorted(unknown)}, but its axes are {names}")
+            raise ValueError(f"granularity {name!r} of {_cls_name(cls)} keeps {sorted(unknown)}, "
+                             f"but its axes are {names}")
 
 # %% ../nbs/00_granularity.ipynb #fc55a57b
-_layer_types:dict[type|str,dict[str,LayerType]] = {} # class, or its full name, to pattern of parameter names to what is known
+_layer_types:dict[type|str,dict[str,LayerType]] = {} # class or its full name to {pattern of names: what is known}
 
 def register_layer(
     cls:type|str, # A class of modules, or its full name, such as 'transformers.pytorch_utils.Conv1D'
@@ -109,7 +110,8 @@ register_layer(nn.MultiheadAttention, '(qkv:3 head:num_heads dim) in',
 for p in 'qkv': register_layer(nn.MultiheadAttention, '(head:num_heads dim) in', _heads, f'{p}_proj_weight')
 
 for cls in (nn.Embedding, nn.EmbeddingBag):
-    register_layer(cls, 'token feature', dict(weight='token feature', row='token', column='feature', layer=''), default=False)
+    _table = dict(weight='token feature', row='token', column='feature', layer='')
+    register_layer(cls, 'token feature', _table, default=False)
 
 # %% ../nbs/00_granularity.ipynb #45195c1b
 def _full_name(cls): return f'{cls.__module__}.{cls.__qualname__}'
@@ -155,7 +157,8 @@ def available_granularities(
 ) -> list[str]: # Names, in the order of their registration
     "The names of the granularities of `layer`, or of all layers"
     types = _layer_types.values() if layer is None else _known(layer if isinstance(layer, type) else type(layer))
-    if found := list(dict.fromkeys(name for known in types for t in known.values() for name in t.granularities)): return found
+    found = list(dict.fromkeys(name for known in types for t in known.values() for name in t.granularities))
+    if found: return found
     raise ValueError(f"{_cls_name(layer)} is not a prunable layer; register_layer adds a type. {_known_types()}")
 
 def _cls_name(layer):

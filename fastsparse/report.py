@@ -179,13 +179,15 @@ class PlannedLayer(LayerReport):
 
 class DryRun(SparsityReport):
     "What would be pruned, and what stays dense and why"
-    _columns = ('tensor','type','shape','zeros','weights','sparsity','outputs left','groups left','plan, what follows; or why it stays dense')
+    _columns = ('tensor','type','shape','zeros','weights','sparsity','outputs left','groups left',
+                'plan, what follows; or why it stays dense')
 
     def _rows(self):
         for l in self.layers:
             outputs = '' if l.filters is None else f'{l.filters - l.dead_filters} of {l.filters}'
             groups = '' if l.groups is None else '{:,} of {:,}'.format(*l.groups)
-            yield (l.name, l.type, '×'.join(map(str, l.shape)), *_counted(l.zeros, l.weights), outputs, groups, _said(l))
+            shape = '×'.join(map(str, l.shape))
+            yield (l.name, l.type, shape, *_counted(l.zeros, l.weights), outputs, groups, _said(l))
         pruned = [l for l in self.layers if l.plan]
         all_of = lambda rows: _counted(sum(l.zeros for l in rows), sum(l.weights for l in rows))
         yield ('what is pruned', f'{len(pruned)} of {len(self.layers)}', '', *all_of(pruned), '', '', '')

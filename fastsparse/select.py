@@ -239,7 +239,8 @@ def places(
 ) -> list[Place]: # Of what is registered, and of all other parameters of two or more axes
     "All parameters of `model` that are pruned, or that somebody might expect to be"
     lazy = nn.parameter.UninitializedParameter
-    matrices = lambda m: [a for a,p in m._parameters.items() if p is not None and not isinstance(p, lazy) and p.dim() > 1]
+    matrix = lambda p: p is not None and not isinstance(p, lazy) and p.dim() > 1
+    matrices = lambda m: [a for a,p in m._parameters.items() if matrix(p)]
     return [Place(n, m, a) for n,m in model.named_modules() for a in dict.fromkeys([*prunable_params(m), *matrices(m)])]
 
 # %% ../nbs/05_select.ipynb #4361afc1

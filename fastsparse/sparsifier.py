@@ -118,7 +118,7 @@ class Sparsifier(MaskHolder):
     @check_options
     def __init__(self,
         model:nn.Module, # Any PyTorch model; changed only by the zeros written into its tensors
-        granularity='weight', # A name of `available_granularities()`, 'output', 'coupled', a pattern such as '2:4', or an object
+        granularity='weight', # A name, such as 'filter', 'output' or 'coupled', a pattern such as '2:4', or an object
         method='global', # 'local', 'global', or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         layers=None, # Selector of the layers to prune, see `select_layers`; None for all that have the granularity
@@ -209,7 +209,8 @@ def _couple(self:Sparsifier, example_input):
     f,layers = flow(self.model, example_input),{t.name: t.layer for t in self._candidates}
     found = dependants(self.model, layers, example_input)
     units,stay = self._cuttable(f, found.followers, example_input)
-    part,held = {t.name for u in units.values() for t in u.parts},{t.layer_name: stay.get(t.name) for t in self._candidates}
+    part = {t.name for u in units.values() for t in u.parts}
+    held = {t.layer_name: stay.get(t.name) for t in self._candidates}
     self._check_units(units, held)
     self._take(found)
     self._coupled,self._flow,self.targets = units,f,{t.name: t for t in self._candidates if t.name in part}
@@ -240,7 +241,8 @@ def _check_units(self:Sparsifier, units, held):
     if not units:
         dense = by_reason({n: next(iter(why)) for n,why in held.items()})
         said = '; '.join(f'{ns}: {why}' for why,ns in list(dense.items())[:5])
-        raise ValueError(f"no coupled outputs to prune ({said}); 'filter' and 'row' prune outputs that cannot be cut out")
+        raise ValueError(f"no coupled outputs to prune ({said}); "
+                         "'filter' and 'row' prune outputs that cannot be cut out")
     if self.frozen and all(map(self._is_frozen, units.values())):
         raise ValueError("all coupled outputs have a part in frozen layers (requires_grad=False); "
                          "unfreeze them, as with learn.unfreeze()")
@@ -300,7 +302,8 @@ def _infer(self:Sparsifier, u): # masks of its targets
 
 @patch
 def _mask_now(self:Sparsifier, t): # beside the weight, whole if there is none yet
-    return self._on(self.masks, t.name, t.weight) if t.name in self.masks else torch.ones_like(t.weight, dtype=torch.bool)
+    if t.name not in self.masks: return torch.ones_like(t.weight, dtype=torch.bool)
+    return self._on(self.masks, t.name, t.weight)
 
 @patch(as_prop=True)
 def _whole_layers(self:Sparsifier): return getattr(self.granularity, 'name', None) == 'layer'
@@ -654,7 +657,8 @@ def trial(self:Sparsifier):
         if made is None: _made.pop(self.model, None)
         else: _made[self.model] = made
 
-Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense','masks','_found','_before','_memory','_following','_aside','_gone','_told',
+Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense',
+                     'masks','_found','_before','_memory','_following','_aside','_gone','_told',
                      '_followers','_lost','_unclear','untraced','_returned') # all that pruning and watching change
 
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
@@ -680,13 +684,15 @@ def dry_run(self:Sparsifier,
 
 @patch
 def _planned_row(self:Sparsifier, p):
-    t = next((t for t in self.targets.values() if t.name not in self.frozen and p.id == tensor_id(t.layer, t.param)), None)
+    trains = [t for n,t in self.targets.items() if n not in self.frozen]
+    t = next((t for t in trains if p.id == tensor_id(t.layer, t.param)), None)
     try: row = {k: v for k,v in vars(LayerReport.of(p.name, p.layer, p.param)).items() if k != 'name'}
     except ValueError as e: return PlannedLayer(p.name, type(p.layer).__name__, (), 0, 0, why=str(e))
     why = self.left_dense.get(p.label) or self.left_dense.get(p.made, 'left out, or not asked for')
     if t is None: return PlannedLayer(p.name, **row, why=why)
     alive = t.groups.alive(self._mask_now(t))
-    follows = tuple(f.name for f in self._followers if t.name in f.targets and not self._following.get(f.name, alive).all())
+    silent = lambda f: t.name in f.targets and not self._following.get(f.name, alive).all()
+    follows = tuple(f.name for f in self._followers if silent(f))
     plan = f'{self.granularity}, {_name(self.method)}, {_name(self.criteria)}'
     return PlannedLayer(p.name, **row, plan=plan, groups=(int(alive.sum()), alive.numel()), follows=follows)
 

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from fastsparse.callback import PlanCallback, SparsifyCallback
 from fastsparse.criteria import available_criteria
-from fastsparse.granularity import NM, Outputs, available_granularities, layer_type, prunable_params, register_layer
+from fastsparse.granularity import NM, Outputs, _layer_types, available_granularities, layer_type, prunable_params, register_layer
 from fastsparse.report import sparsity_report
 from fastsparse.select import find_targets, places
 from fastsparse.sparsifier import Sparsifier, SparsityWarning
@@ -35,8 +35,12 @@ class Experts(nn.Module):
 
 @pytest.fixture(autouse=True, scope='module')
 def _register():
+    before = dict(_layer_types)
     register_layer(Experts, 'expert out in', dict(weight='expert out in', row='expert out', column='expert in', expert='expert'), 'bank')
     register_layer(Experts, 'expert in', dict(weight='expert in', row='expert', column='in'), 'router')
+    yield
+    _layer_types.clear()
+    _layer_types.update(before)
 
 
 class Named(nn.Module):
