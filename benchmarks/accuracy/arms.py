@@ -19,9 +19,12 @@ def _fasterai(percent, task, model=None, start=.2, end=1.): # its own agp goes f
     return [Quiet(*args, layer_type=(nn.Conv2d, nn.Linear))],f"SparsifyCallback({shown}, layer_type=(Conv2d, Linear))" # by default it leaves Linears dense, which are nothing there but a lot here
 
 def _ours(percent, task=None, model=None, shown=None, **settings):
+    if task == 'vit': settings.setdefault('exclude', '*.in_proj_weight') # which fasterai cannot prune
     cb = SparsifyCallback(percent, **settings)
     what = ''.join(f', {k}={getattr(v, "__name__", v)}' for k,v in settings.items() if k != 'schedule')
     return [cb],f'SparsifyCallback({shown or percent}{what}): {cb.schedule}'
+
+def _erk(model, percent, task): return erk(model, percent, exclude='*.in_proj_weight' if task == 'vit' else None)
 
 def _ends(name, layer): return name in ('conv1','0') or isinstance(layer, nn.Linear) # of both networks
 
@@ -37,7 +40,7 @@ TRIED = { # in place of the defaults, one at a time
     'agp until 0.75': lambda percent, task, model: _ours(percent, schedule=Schedule(agp.func, 0., .75)),
     'in every batch': lambda percent, task, model: _ours(percent, update_every=1),
     'lamp': lambda percent, task, model: _ours(percent, criteria='lamp'),
-    'erk': lambda percent, task, model: _ours(erk(model, percent), method='local', shown=f'erk(model, {percent})'),
-    'uniform': lambda percent, task, model: _ours(percent, method='local'),
+    'erk': lambda percent, task, model: _ours(_erk(model, percent, task), task, method='local', shown=f'erk(model, {percent})'),
+    'uniform': lambda percent, task, model: _ours(percent, task, method='local'),
     'first and last layer dense': lambda percent, task, model: _ours(percent, exclude=_ends),
 }
