@@ -147,7 +147,7 @@ def prunable_params(
 ) -> list[str]: # Names, those that are computed now included
     "The parameters of `layer` of which something is known"
     there = [p for p,t in layer._parameters.items() if t is not None]
-    made = [*getattr(layer._modules.get('parametrizations'), 'keys', list)(), *(made_of(layer, p) for p in there)]
+    made = [*getattr(getattr(layer, 'parametrizations', None), 'keys', list)(), *(made_of(layer, p) for p in there)]
     made += ['weight' for types in _known(type(layer)) if 'weight' in types]
     return [p for p in dict.fromkeys([*there, *made]) if p and layer_type(layer, p) is not None]
 

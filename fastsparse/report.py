@@ -220,7 +220,7 @@ def _listed(model): # layers and parameters by name; a tensor that several share
         params = [a for a in prunable_params(m) if layer_type(m, a).default] or ['weight']*_is_layer(m)
         for a in params if layer_type(m) is None or layer_type(m).default else ():
             label = n if a == 'weight' else f'{n}.{a}'.lstrip('.')
-            found.setdefault(names.get(id(m._parameters.get(a)), label), (label, (m, a)))
+            found.setdefault(names.get(id(dict(m._parameters.items()).get(a)), label), (label, (m, a)))
     return dict(found.values())
 
 def _tally(tensors): # zeros and numbers of all that can be counted
