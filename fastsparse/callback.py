@@ -294,6 +294,7 @@ def dry_run(self:SparsifyCallback,
     return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as is, '
                                            'until learn.unfreeze(), as the second half of fine_tune does.'))
 
+# %% ../nbs/12_callback.ipynb #2a356e7e
 @patch
 def state_dict(self:SparsifyCallback) -> dict: # Tensors and numbers only
     "The state of the `Sparsifier` and of its plan, to go on in another process"
@@ -448,8 +449,9 @@ def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, a
     if waited:
         self._set_out(s)
         self._begun()
-    self._plan = self._planned(s, self._resumed_at)
-    self._start = self._plan.start
+    else:
+        self._plan = self._planned(s, self._resumed_at)
+        self._start = self._plan.start
     self._tell_once(s.flow_notes())
     s.release(self._plan, _agree)
 
@@ -573,6 +575,7 @@ class PlanCallback(SparsifyCallback):
         if self.parts and not any(part._resumed for part in self.parts): self._states = None # has been taken up
         self.order = max((part.order for part in self.parts), default=self.order)
 
+# %% ../nbs/12_callback.ipynb #ac8345c4
 @patch
 def _become_plan(self:SparsifyCallback, given): # given: all arguments of the call
     if given['layers'] is not None: raise ValueError("the keys of sparsity= say which layers; leave layers= out")

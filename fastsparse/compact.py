@@ -240,6 +240,7 @@ def _units(f, gone): # classes that touch the same axes go or stay together
     for c,keys in touched.items(): units.setdefault(tuple(keys), set()).add(c)
     return units
 
+# %% ../nbs/10a_compact.ipynb #082f0bf8
 class _Search:
     "As much of a cut as leaves the outputs as they are"
     def __init__(self, model, f, judge, tries=24):

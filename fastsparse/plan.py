@@ -46,25 +46,20 @@ class Cost:
 
     def __str__(self): return f'{type(self).__name__}({self.percent:g})'
 
-class MACs(Cost):
-    "So many percent fewer multiply-adds on the example"
-    unit = 'multiply-adds'
     def count(self,
         f:Flow, # The flow of a model
         gone=frozenset(), # Classes that are cut
-    ) -> int: # Multiply-adds that are left
+    ) -> int: # What is left
         "What the model costs without some classes"
-        return f.macs(gone)
+        return self.counted(f, gone)
+
+class MACs(Cost):
+    "So many percent fewer multiply-adds on the example"
+    unit,counted = 'multiply-adds',staticmethod(Flow.macs)
 
 class Params(Cost):
     "So many percent fewer parameters, of all kinds"
-    unit = 'parameters'
-    def count(self,
-        f:Flow, # The flow of a model
-        gone=frozenset(), # Classes that are cut
-    ) -> int: # Parameters that are left
-        "What the model costs without some classes"
-        return f.params(gone)
+    unit,counted = 'parameters',staticmethod(Flow.params)
 
 # %% ../nbs/08_plan.ipynb #e0d675df
 def check_sparsity(

@@ -339,6 +339,7 @@ def solved(self:Silence, condition): # the same, once everything is settled
     if condition not in self.answers: self.answers[condition] = self._solve(condition)
     return self.answers[condition]
 
+# %% ../nbs/06e_silence.ipynb #da9297e5
 @patch
 def returned(self:Silence) -> set[str]: # Names of targets
     "Targets whose filters are channels of what the model returns, such as the classes of a segmentation"

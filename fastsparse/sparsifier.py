@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, Coupled, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
-from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, keep_evenly, keep_mask, one_thread, spread
+from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, one_thread
+from .mask import keep_evenly, keep_mask, spread
 from .method import allocate, as_method, floors, global_, local
 from .select import by_reason, find_targets, places, select_tensors, tensor_id
 from .plan import Cost, Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
@@ -236,6 +237,7 @@ def _without(units, followers, gone): # tensors, and their values without some c
     return [(targets[n].layer.weight, targets[n].weight*m) for n,m in masks.items()] + [
             (x.tensor, x.tensor.detach()*x.mask(alive)) for x in followers]
 
+# %% ../nbs/09_sparsifier.ipynb #2d2cbcc6
 @patch
 def _check_units(self:Sparsifier, units, held):
     if not units:
@@ -778,6 +780,7 @@ def _tensors(n, params, layers): # that a label of `left_dense` stands for
     return [p for k,p in params.items() if k in (f'{n}_g', f'{n}_v', f'{n}_orig')
             or k.startswith(f'{of}.parametrizations.{param}.'.lstrip('.'))]
 
+# %% ../nbs/09_sparsifier.ipynb #f33ce150
 @patch
 def report(self:Sparsifier) -> SparsityReport: # A value that shows itself as a table
     "What is zero now, counted layer by layer"
