@@ -237,6 +237,14 @@ def test_the_lowest_mean_over_all_layers_goes():
     assert (~alive(m.stem)).nonzero().flatten().tolist() == (~alive(m.out)).nonzero().flatten().tolist() == [means.argmin().item()] and alive(m.up).all()
 
 
+def test_one_ranking_compares_means_and_not_sums():
+    m = nn.Sequential(conv(3, 4, 1), conv(4, 4), conv(4, 2))
+    with torch.no_grad(): m[0].weight.fill_(.5); m[1].weight.fill_(.4) # groups of 3 and of 36 weights
+    with torch.no_grad(): m[1].weight.mul_(1 + torch.rand_like(m[1].weight)*.01); m[0].weight.mul_(1 + torch.rand_like(m[0].weight)*.01)
+    Sparsifier(m, 'coupled', 'global', example_input=image).prune_model(25)
+    assert alive(m[0]).all() and alive(m[1]).sum() == 3
+
+
 def test_reduce_sees_all_weights_of_a_group():
     m = residual()
     with torch.no_grad():
@@ -257,6 +265,7 @@ def test_round_to_counts_outputs_of_each_layer(method):
     m = nn.Sequential(conv(3, 32), conv(32, 64, groups=4), nn.ReLU(), conv(64, 32), conv(32, 32, groups=32), conv(32, 2))
     Sparsifier(m, 'coupled', method, example_input=image).prune_model(40, round_to=8)
     for i in (0, 1, 3, 4): assert alive(m[i]).sum() % 8 == 0 and alive(m[i]).sum() >= 8
+    if method == 'local': assert alive(m[1]).sum() == 40, 'two places of each of four channel groups at a time'
     assert len(set(alive(m[1]).view(4, 16).sum(1).tolist())) == 1
     with pytest.raises(ValueError, match='round_to=64 is larger'): Sparsifier(residual(), 'coupled', method, example_input=image).prune_model(40, round_to=64)
 

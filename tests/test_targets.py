@@ -239,6 +239,7 @@ def test_outputs_of_convolutions_and_linears_in_one_call():
     m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2), nn.Flatten(), nn.Linear(54, 10))
     s = Sparsifier(m, 'output', 'local')
     s.prune_model(50)
+    assert [Outputs().groups(layer, param).n for layer, param in ((nn.LSTM(4, 8), 'weight_ih_l0'), (nn.MultiheadAttention(8, 2), 'in_proj_weight'), (nn.Embedding(9, 5), 'weight'))] == [8, 24, 5]
     assert [r.dead_filters for r in s.report().layers] == [4, 3, 5] and (m[0].bias[(m[0].weight == 0).flatten(1).all(1)] == 0).all()
     assert str(Outputs()) == 'output'
 
@@ -325,7 +326,7 @@ def test_a_dry_run_lists_every_matrix_and_changes_nothing():
     assert [r.name for r in d.layers] == ['extra', 'encoder.weight', 'rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'ff.weight']
     assert [r.zeros for r in d.layers] == [0, 0, 512, 512, 0] and [bool(r.plan) for r in d.layers] == [False, False, True, True, False]
     assert 'not a prunable type' in d.layers[0].why and 'only when it is named' in d.layers[1].why and 'left out' in d.layers[4].why
-    assert d.layers[2].groups == (32, 64) and 'row, local, large_final' in str(d) and '<table>' in d._repr_html_() and len(d.to_dataframe()) == 5
+    assert d.layers[2].groups == (32, 64) and 'row, local, large_final' in str(d) and 'dense: left out' in str(d) and '<table>' in d._repr_html_() and len(d.to_dataframe()) == 5
     assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()) and s.sparsity() == 0 and all(k.all() for k in s.masks.values())
     s.prune_model(50)
     assert [r.zeros for r in s.report().layers] == [512, 512], 'what it said'
