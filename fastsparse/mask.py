@@ -12,6 +12,7 @@ __all__ = ['PIECE', 'in_pieces', 'one_thread', 'count', 'Scores', 'keep_mask', '
 import math
 from contextlib import contextmanager
 from functools import cache
+from itertools import repeat
 from operator import eq, gt, le, lt
 from typing import Callable, Iterator, NamedTuple, Sequence
 import numpy as np
@@ -36,7 +37,10 @@ def one_thread():
     finally: torch.set_num_threads(n)
 
 # %% ../nbs/02_mask.ipynb #80bdff9f
-def _where(op, s, t): return torch.from_numpy(op(s.numpy(), t)) if s.device.type == 'cpu' else op(s, t) # bool
+def _where(op, s, t, alive=None): # bool; what is not `alive` compares as -inf would
+    out = torch.from_numpy(op(s.numpy(), t)) if s.device.type == 'cpu' else op(s, t)
+    if alive is None: return out
+    return out.bitwise_or_(~alive) if op(-math.inf, t) else out.bitwise_and_(alive)
 
 def _picked(x, where):
     return torch.from_numpy(x.numpy()[np.flatnonzero(where.numpy())]) if x.device.type == 'cpu' else x[where].cpu()
@@ -86,6 +90,17 @@ def pieces(self:Scores,
     "The scores of layer `i`, in order, a piece at a time"
     return (p.to(torch.promote_types(p.dtype, torch.float32)) for p in in_pieces(self[i].detach(), every))
 
+@patch
+def alive(self:Scores,
+    i:int, # Which layer
+) -> torch.Tensor|None: # Bool, of as many numbers; None for all
+    "What of layer `i` was not pruned before, where its `pieces` do not show it"
+
+@patch
+def _both(self:Scores, i, every=1): # pieces of the scores, and of what is alive
+    alive = self.alive(i)
+    return zip(self.pieces(i, every), repeat(None) if alive is None else in_pieces(alive, every))
+
 # %% ../nbs/02_mask.ipynb #f6fa48f9
 @patch
 def _drawn(self:Scores, among): # for each of these layers, every so many-th score; None where that would save nothing
@@ -94,7 +109,8 @@ def _drawn(self:Scores, among): # for each of these layers, every so many-th sco
     if n < 4*size: return None
     every = n//size
     while math.gcd(every, 210) > 1: every += 1
-    return [torch.cat(list(self.pieces(i, every))).cpu().numpy() for i in among]
+    low = lambda p,a: p if a is None else bury(p, a)
+    return [torch.cat([low(p, a) for p,a in self._both(i, every)]).cpu().numpy() for i in among]
 
 # %% ../nbs/02_mask.ipynb #2a4491a1
 @patch
@@ -119,10 +135,10 @@ def _pass(self:Scores, among, lo, hi):
     upto,inside = {},{}
     for i in among:
         counts,found = [],[]
-        for p in self.pieces(i):
-            low = _where(le, p, lo)
+        for p,a in self._both(i):
+            low = _where(le, p, lo, a)
             counts.append(count(low))
-            found.append(_picked(p, _where(le, p, hi).logical_xor_(low)))
+            found.append(_picked(p, _where(le, p, hi, a).bitwise_xor_(low)))
         upto[i],inside[i] = sum(counts),torch.cat(found)
     return _Pass(lo, upto, inside)
 
@@ -157,9 +173,9 @@ def _cut(self:Scores, seen, among, step, budget): # where the budget is reached,
 @patch
 def _mask(self:Scores, op, i, t): # how the scores of layer `i` compare with `t`
     at,out = 0,None
-    for p in self.pieces(i):
+    for p,a in self._both(i):
         if out is None: out = p.new_empty(math.prod(self.shape(i)), dtype=torch.bool)
-        out[at:at+len(p)] = _where(op, p, t)
+        out[at:at+len(p)] = _where(op, p, t, a)
         at += len(p)
     return out
 
@@ -257,11 +273,11 @@ def level(self:Scores,
 ) -> bool: # Of the scores above -inf, which are those that were not pruned before
     "Whether all scores of layer `i` are equal, so that there is nothing to rank it by"
     level = None
-    for p in self.pieces(i):
-        for part in (p[:1024], p): # the first few tell in nearly every case
-            part = part[part > -math.inf]
-            if level is None and len(part): level = part[0].item()
-            if len(part) and (part != level).any(): return False
+    for every in (max(math.prod(self.shape(i))//1024, 1), 1): # a few tell in nearly every case
+        for p,a in self._both(i, every):
+            p = p[p > -math.inf] if a is None else p[a]
+            if level is None and len(p): level = p[0].item()
+            if len(p) and (p != level).any(): return False
     return True
 
 # %% ../nbs/02_mask.ipynb #154415fc

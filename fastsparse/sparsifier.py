@@ -52,11 +52,14 @@ class _Scores(Scores):
 
     def pieces(self, i, every=1):
         t,s = self.layers[i],self.sparsifier
-        each = getattr(s.criteria, 'elementwise', False) and getattr(t.groups, 'single', False)
-        if not each or t not in t.parts: return super().pieces(i, every)
+        if not self._by_weight(t): return super().pieces(i, every)
         given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
-        return (self._ranked(t, self._scored(t, w, dict(zip(s._reads, gs))), lambda: alive)
-                for w,alive,*gs in zip(*(in_pieces(x, every) for x in (t.weight, self._mask_of(t), *given))))
+        return (self._sound(t, self._scored(t, w, dict(zip(s._reads, gs))))
+                for w,*gs in zip(*(in_pieces(x, every) for x in (t.weight, *given))))
+
+    def alive(self, i): # what `pieces` do not show
+        t = self.layers[i]
+        return self._mask_of(t) if self._by_weight(t) and self.sparsifier._lost_of[t.name] else None
 
 # %% ../nbs/09_sparsifier.ipynb #51c00d86
 @patch
@@ -65,6 +68,11 @@ def part(self:_Scores, idxs): # of some of these layers, with the same random nu
     some = _Scores(self.sparsifier, [self.layers[i] for i in idxs])
     some.number,some.seed,some.dtype = self.number,self.seed,self.dtype
     return some
+
+@patch
+def _by_weight(self:_Scores, u): # whether each weight is scored by itself, and is a group of its own
+    each = getattr(self.sparsifier.criteria, 'elementwise', False) and getattr(u.groups, 'single', False)
+    return each and u in u.parts
 
 @patch
 def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks, t.name, t.weight)
@@ -97,14 +105,18 @@ def _scored(self:_Scores, t, w, given):
 
 # %% ../nbs/09_sparsifier.ipynb #88b86d41
 @patch
-def _ranked(self:_Scores, t, scores, alive):
+def _sound(self:_Scores, t, scores): # -inf is kept for what was pruned before
     low = float(scores.amin())
     if math.isnan(low):
         raise ValueError(f"NaN among the scores of layer {t.layer_name!r}: its weights hold NaN, "
                          f"or the criterion {_name(self.sparsifier.criteria)} made it; nothing was pruned")
-    if not self.sparsifier._lost_of[t.name]: return scores
-    if low == -math.inf: scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-    return bury(scores, alive())
+    if low > -math.inf or not self.sparsifier._lost_of[t.name]: return scores
+    return scores.clamp(min=torch.finfo(scores.dtype).min)
+
+@patch
+def _ranked(self:_Scores, u, scores, alive):
+    scores = self._sound(u, scores)
+    return bury(scores, alive()) if self.sparsifier._lost_of[u.name] else scores
 
 @patch
 def bare(self:_Scores, i): # zeros that were only taken over are not out of the question

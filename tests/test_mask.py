@@ -1,5 +1,6 @@
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from core_helpers import bits
 from fastsparse.mask import PIECE, MaskHolder, Scores, ZeroHolder, apply_mask, bury, count, keep_mask
@@ -105,6 +106,26 @@ def test_pieces_do_not_matter(monkeypatch):
     monkeypatch.setitem(PIECE, 'cpu', 7)
     cut = Scores(layers, 16)
     assert cut.lowest(500) == expected[0] and torch.equal(cut.keep(0, 480), expected[1])
+
+
+class Aside(Scores):
+    "Says what is alive, and has any scores for the rest"
+    def __init__(self, layers, alive, sample): super().__init__(layers, sample); self.bools = alive
+    def alive(self, i): return self.bools[i]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32-1), st.sampled_from([3, 50]), st.sampled_from([1, 40, 10**6]), st.sampled_from([0., .3, .9, 1.]), st.floats(0, 1.1))
+def test_what_is_not_alive_ranks_as_what_is_buried(seed, values, sample, dead, share):
+    gen = torch.Generator().manual_seed(seed)
+    layers = [torch.randint(-values, values, (1, n), generator=gen).float() for n in (400, 1, 77)]
+    alive = [torch.rand(s.shape[1], generator=gen) >= dead for s in layers]
+    aside,buried = Aside(layers, alive, sample),Scores([bury(s, a) for s,a in zip(layers, alive)], sample)
+    lost = aside.lowest(share*478)
+    assert lost == buried.lowest(share*478)
+    for i,k in enumerate(lost):
+        assert torch.equal(aside.keep(i, k), buried.keep(i, k))
+        assert aside.level(i) == buried.level(i)
 
 
 @pytest.mark.parametrize('mask', [torch.rand(3, 4, 5) > .5, (torch.rand(4, 6, 3, 3) > .5).to(memory_format=torch.channels_last), (torch.rand(6, 8) > .5)[::2, 1:5],
