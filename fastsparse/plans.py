@@ -7,7 +7,7 @@ Docs: https://fastsparse.github.io/fastsparse/plans.html.md"""
 # %% auto #0
 __all__ = ['is_plan', 'plan_lines', 'check_settings', 'Division', 'divide', 'PlanSparsifier', 'make_parts', 'check_parts']
 
-# %% ../nbs/09a_plans.ipynb #987b9dfe
+# %% ../nbs/09a_plans.ipynb #f5c5b550
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +26,7 @@ from .plan import Plan, SparsityWarning, check_options, check_request, hint_perc
 from .report import DryRun, PlannedLayer, SparsityReport, sparsity_report
 from .sparsifier import Sparsifier, check_model, dense_notes, dry_run_of, part_note, reached
 
-# %% ../nbs/09a_plans.ipynb #ee047fd8
+# %% ../nbs/09a_plans.ipynb #6e28c2f4
 def is_plan(
     sparsity, # Anything
 ) -> bool:
@@ -46,7 +46,7 @@ def plan_lines(
     if any(settings for _,settings in lines): return lines
     raise ValueError(f"this plan leaves all layers dense: {plan}; give at least one key a percentage or settings")
 
-# %% ../nbs/09a_plans.ipynb #3ff9a7dd
+# %% ../nbs/09a_plans.ipynb #68d77347
 _as = dict(granularity=as_granularity, method=as_method, criteria=as_criterion, schedule=as_schedule)
 
 def _settings(selector, said, check, defaults): # of one line, names replaced by what they stand for
@@ -60,14 +60,15 @@ def _settings(selector, said, check, defaults): # of one line, names replaced by
                          "as keys of their own")
     if 'sparsity' not in said: raise ValueError(f"the settings of {name} have no sparsity, such as dict(sparsity=50)")
     if isinstance(said['sparsity'], dict):
-        raise ValueError(f"the sparsity of {name} is a dict itself, {said['sparsity']}; write a key of its own for each")
+        raise ValueError(f"the sparsity of {name} is a dict itself, {said['sparsity']}; "
+                         "write a key of its own for each")
     try: check(**defaults | said)
     except (TypeError, ValueError) as e:
         e.args = (f"in the settings of {name}: {e}",)
         raise
     return {k: _as[k](v) if k in _as else v for k,v in (defaults | said).items()}
 
-# %% ../nbs/09a_plans.ipynb #12a6bd8b
+# %% ../nbs/09a_plans.ipynb #ba24c2a2
 @check_options
 def check_settings(
     sparsity, # Percent, or with 'coupled' `MACs(percent)` or `Params(percent)`
@@ -82,7 +83,7 @@ def check_settings(
     as_schedule(schedule)
     check_request(hint_percent(sparsity), as_granularity(granularity), as_method(method), round_to)
 
-# %% ../nbs/09a_plans.ipynb #85e75cd4
+# %% ../nbs/09a_plans.ipynb #a7f3cdb5
 class Division(NamedTuple):
     "What a plan means in one model"
     parts:list[tuple[dict,list[str]]] # Settings, and the parameters that go by them
@@ -120,7 +121,7 @@ def _targets(model, granularity, selector):
 
 def _without(d, ids): return {k: v for k,v in d.items() if k not in ids}
 
-# %% ../nbs/09a_plans.ipynb #97274c91
+# %% ../nbs/09a_plans.ipynb #5f70779c
 def _parts(model, owned): # equal settings are one part; the layer that was meant names the tensor
     parts,names = [],{id(m): n for n,m in model.named_modules()}
     for t,settings in owned:
@@ -134,7 +135,7 @@ def _dense(model, known, why): # labels of all others, and why they are dense
     label = lambda p: p.label if p.label in why or not p.made else p.made
     return {label(p): why.get(label(p), 'no key means it') for p in others}
 
-# %% ../nbs/09a_plans.ipynb #82468cf7
+# %% ../nbs/09a_plans.ipynb #884aaf1d
 class PlanSparsifier(MaskHolder):
     "Several `Sparsifier`s of one model that act as one"
     @check_options
@@ -180,7 +181,7 @@ def make_parts(
     return {i: Sparsifier(model, **how(settings), layers=names, example_input=example_input)
             for i,(settings,names) in enumerate(division.parts)}
 
-# %% ../nbs/09a_plans.ipynb #e5965d5d
+# %% ../nbs/09a_plans.ipynb #8b395cec
 @patch(as_prop=True)
 def masks(self:PlanSparsifier) -> dict[str,torch.Tensor]: # {parameter name: bool tensor, True = kept}
     "The masks of all parts"
@@ -201,7 +202,7 @@ def left_dense(self:PlanSparsifier) -> dict[str,str]: # Names, and reasons
     "What stays dense though nobody left it out"
     return self.division.dense | {n: why for part in self.parts for n,why in part.left_dense.items()}
 
-# %% ../nbs/09a_plans.ipynb #00281105
+# %% ../nbs/09a_plans.ipynb #ebcb34e4
 @patch
 def plan(self:PlanSparsifier) -> list[Plan]: # One for each part, to be carried out by `advance`
     "From the zeros that are there now to what the plan says"
@@ -226,7 +227,7 @@ def prune_model(self:PlanSparsifier):
         back()
         raise
 
-# %% ../nbs/09a_plans.ipynb #3d7b36f0
+# %% ../nbs/09a_plans.ipynb #7a67a680
 @patch
 def snapshot(self:PlanSparsifier) -> Callable: # Call it to go back
     "A way back to the masks, and to the values of every tensor that pruning writes to, as they are now"
@@ -253,7 +254,7 @@ def watch(self:PlanSparsifier,
     "See in one forward what goes with whole outputs"
     for part in self.parts: part.watch(example_input)
 
-# %% ../nbs/09a_plans.ipynb #5a8ae948
+# %% ../nbs/09a_plans.ipynb #077c1971
 @patch
 def pairs(self:PlanSparsifier):
     "Every tensor of which something is pruned, and its mask"
@@ -264,7 +265,7 @@ def apply_masks(self:PlanSparsifier):
     "Make every masked entry zero again, in place"
     for part in self.parts: part.apply_masks()
 
-# %% ../nbs/09a_plans.ipynb #c30f36b0
+# %% ../nbs/09a_plans.ipynb #08e59010
 @patch
 def report(self:PlanSparsifier) -> SparsityReport: # A value that shows itself as a table
     "What is zero now, counted layer by layer"
@@ -302,7 +303,7 @@ def _pruned(self:PlanSparsifier): return [t for n,t in self.targets.items() if n
 def __repr__(self:PlanSparsifier):
     return f"PlanSparsifier of {len(self.targets)} tensors in {len(self.parts)} parts: {self.sparsity():.2f} % zero"
 
-# %% ../nbs/09a_plans.ipynb #bcdcac75
+# %% ../nbs/09a_plans.ipynb #632b9810
 @patch
 def dry_run(self:PlanSparsifier) -> DryRun: # A report of what would be; the model is as it was
     "What `prune_model` would do to each tensor of the model"
@@ -320,7 +321,7 @@ def _planned_row(self:PlanSparsifier, p, owner) -> PlannedLayer:
     why = self.division.left_out.get(p.id) or self.left_dense.get(p.label) or self.left_dense.get(p.made)
     return replace(row, why=why or row.why)
 
-# %% ../nbs/09a_plans.ipynb #33115882
+# %% ../nbs/09a_plans.ipynb #ee252076
 @patch
 def state_dict(self:PlanSparsifier) -> dict: # Tensors only, of their own and not of the model
     "The state of each part, by its number"

@@ -143,8 +143,8 @@ def _as_report(what):
     if callable(found): found = found()
     if isinstance(found, SparsityReport): return found
     if isinstance(getattr(what, 'model', None), nn.Module): return sparsity_report(what.model)
-    raise ValueError(f"{type(what).__name__} has no report to draw; pass a model, a Sparsifier, a SparsifyCallback after "
-                     "its fit, or a report such as sparsifier.report() or sparsifier.dry_run(90)")
+    raise ValueError(f"{type(what).__name__} has no report to draw; pass a model, a Sparsifier, a SparsifyCallback "
+                     "after its fit, or a report such as sparsifier.report() or sparsifier.dry_run(90)")
 
 # %% ../nbs/11_plot.ipynb #1ec963fe
 _colours = ['#3b6ea5','#5d9c59','#c98b2c','#8264a8','#4aa3a2','#a8577e']
