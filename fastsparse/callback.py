@@ -587,7 +587,7 @@ class PlanCallback(SparsifyCallback):
     def __call__(self, event_name):
         "Let all parts run `event_name`"
         if getattr(self, 'learn', None) is None: return
-        if event_name == 'before_fit' and not self.lock.locked():
+        if event_name == 'before_fit' and not self.lock.locked() and not hasattr(self.learn, 'lr_finder'):
             self.parts,self.order = self._trainable(self.divide(get_model(self.learn.model))),HoldingCallback.order
             self._new = True
         for part in self.parts:

@@ -278,6 +278,17 @@ def test_zeros_of_all_parts_are_remembered_in_the_next_fit():
     assert all(not learn.model[i].weight[z].any() for i, z in was.items())
 
 
+def test_looking_for_a_learning_rate_leaves_what_was_pruned():
+    learn, cb = learner(), SparsifyCallback({'3': dict(sparsity=50), nn.Linear: 25})
+    learn.add_cb(cb)
+    fit(learn, 1)
+    before = str(cb.report)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=3, show_plot=False)
+    assert str(cb.report) == before
+    learn.validate()
+    assert str(cb.report) == before and cb.history
+
+
 def test_an_early_end_says_what_to_do():
     from fastai.callback.core import Callback, CancelFitException
     class Stop(Callback):
