@@ -288,12 +288,13 @@ def report(self:SparsifyCallback) -> SparsityReport: # A value that shows itself
 
 @patch
 def dry_run(self:SparsifyCallback,
-    learn:Learner, # With a model and training data; both are as they were afterwards
-    example_input=None, # What the model takes; None for two samples of the first batch
+    learn:Learner|torch.nn.Module, # With training data, or a model alone; all is as it was afterwards
+    example_input=None, # What the model takes; None for two samples of the first batch, if there is one
 ) -> DryRun: # A report of every tensor of two or more axes
     "What a fit with this callback would come to, judged by the weights as they are now"
-    example = first_inputs(learn) if example_input is None else example_input
-    made,run = self._dry(get_model(learn.model), example)
+    alone = isinstance(learn, torch.nn.Module)
+    example = first_inputs(learn) if example_input is None and not alone else example_input
+    made,run = self._dry(get_model(learn if alone else learn.model), example)
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
     if not frozen: return run
     names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')

@@ -221,11 +221,14 @@ def advance(self:PlanSparsifier,
 def prune_model(self:PlanSparsifier):
     "Prune all targets to what the plan says; where one part fails, none is pruned"
     back = self.snapshot()
-    try:
-        for part,p in zip(self.parts, self.plan()): part.advance(p, 1.)
+    try: self._prune()
     except BaseException:
         back()
         raise
+
+@patch
+def _prune(self:PlanSparsifier):
+    for part,p in zip(self.parts, self.plan()): part.advance(p, 1.)
 
 # %% ../nbs/09a_plans.ipynb #7a67a680
 @patch
@@ -309,7 +312,7 @@ def dry_run(self:PlanSparsifier) -> DryRun: # A report of what would be; the mod
     "What `prune_model` would do to each tensor of the model"
     with self.trial(), warnings.catch_warnings():
         warnings.simplefilter('ignore', SparsityWarning) # what they say is in the report
-        self.prune_model()
+        self._prune()
         notes = dict.fromkeys(n for part in self.parts for n in (*part._told, *part.flow_notes()))
         owner = {tensor_id(t.layer, t.param): part for part in self.parts for t in part.targets.values()}
         return dry_run_of(self.model, lambda p: self._planned_row(p, owner.get(p.id)), tuple(notes))

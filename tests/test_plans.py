@@ -198,6 +198,14 @@ def test_a_dry_run_says_why_each_is_dense_and_by_which_key():
     assert list(table.key) == [r.key for r in d.layers] and '<th style="text-align:left">key</th>' in d._repr_html_() and '  key  ' in str(d).split('\n')[0]
 
 
+@pytest.mark.parametrize('sparsity, how', [(50, {}), (50, dict(granularity='filter', method='local')), ({nn.Conv2d: dict(sparsity=50), '8': 20}, {}), (50, dict(granularity='coupled'))])
+def test_a_callback_needs_no_learner_for_it(sparsity, how):
+    learn, cb = learner(), SparsifyCallback(sparsity, **how)
+    if how.get('granularity') == 'coupled':
+        with pytest.raises(ValueError, match='pass example_input='): cb.dry_run(learn.model)
+    assert str(cb.dry_run(learn.model, torch.randn(2, 1, 8, 8))) == str(cb.dry_run(learn))
+
+
 def test_a_dict_of_percentages_has_keys_too():
     s = Sparsifier(mlp(), method='local')
     d = s.dry_run({nn.Linear: 50, '2': 75, '4': None})
@@ -283,7 +291,7 @@ def test_looking_for_a_learning_rate_leaves_what_was_pruned():
     learn.add_cb(cb)
     fit(learn, 1)
     before = str(cb.report)
-    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=3, show_plot=False)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=3, show_plot=False, suggest_funcs=None)
     assert str(cb.report) == before
     learn.validate()
     assert str(cb.report) == before and cb.history
