@@ -68,16 +68,8 @@ def select_layers(
     if not found:
         names = [n for n,m in model.named_modules() if n and not list(m.children())]
         raise ValueError(f"{what}={_shown(selector)} matches no layer; the layers are {_some(names)}, "
-                         f"of types {_some(_types(model))}{_parameters(model, selector)}")
+                         f"of types {_some(_types(model))}")
     return found
-
-def _parameters(model, selector): # the end of that message, where the name of a parameter may have been meant
-    if not isinstance(selector, str): return ''
-    there = places(model)
-    near = [p.name for p in there if p.of and selector.startswith(f'{p.of}.')]
-    near = near or [p.name for p in there if p.param != 'weight'] # others have the names of their layers
-    names = list(dict.fromkeys([*(n for n,_ in model.named_modules() if n), *(p.name for p in there)]))
-    return (f"; the parameters are {_some(near)}" if near else '') + did_you_mean(selector, names)
 
 def _shown(selector): return getattr(selector, '__name__', repr(selector))
 def _types(model): return sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
@@ -276,13 +268,25 @@ def select_tensors(
     by_name = lambda p: isinstance(selector, str) and fnmatchcase(p.name, selector)
     found = [p for p in places(model) if by_name(p)]
     if found and not any(_means(selector, model, n, m) for n,m in model.named_modules()): return found
-    layers = {n for n,_ in select_layers(model, selector, what)}
+    try: layers = {n for n,_ in select_layers(model, selector, what)}
+    except ValueError as e:
+        e.args = (f'{e}{_parameters(model, selector)}',)
+        raise
     return [p for p in places(model) if p.of in layers or by_name(p)]
 
 def _is_named(selector, p):
     if isinstance(selector, str): return fnmatchcase(p.of, selector) or fnmatchcase(p.name, selector)
     if isinstance(selector, type): return selector is not nn.Module and isinstance(p.layer, selector)
     return p.layer is selector if isinstance(selector, nn.Module) else bool(selector(p.of, p.layer))
+
+# %% ../nbs/05_select.ipynb #65385a58
+def _parameters(model, selector): # the end of that message, where the name of a parameter may have been meant
+    if not isinstance(selector, str): return ''
+    there = places(model)
+    near = [p.name for p in there if p.of and selector.startswith(f'{p.of}.')]
+    near = near or [p.name for p in there if p.param != 'weight'] # others have the names of their layers
+    names = list(dict.fromkeys([*(n for n,_ in model.named_modules() if n), *(p.name for p in there)]))
+    return (f"; the parameters are {_some(near)}" if near else '') + did_you_mean(selector, names)
 
 # %% ../nbs/05_select.ipynb #e165090d
 def _groups_of(granularity, p): # an object of somebody else may know nothing of parameters
