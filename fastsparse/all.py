@@ -7,6 +7,7 @@ from .schedule import *
 from .report import SparsityReport, sparsity_report
 from .plan import MACs, Params, SparsityWarning, erk
 from .sparsifier import Sparsifier
+from .plans import PlanSparsifier
 from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild

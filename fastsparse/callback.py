@@ -8,7 +8,7 @@ Docs: https://fastsparse.github.io/fastsparse/callback.html.md"""
 __all__ = ['HoldingCallback', 'KeepSparsityCallback', 'SparsifyCallback', 'PlanCallback']
 
 # %% ../nbs/12_callback.ipynb #b1e29df7
-import copy, dis, pickle, sys
+import copy, dis, pickle, sys, warnings
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -27,12 +27,14 @@ from .criteria import as_criterion, large_final
 from .mask import MaskHolder, ZeroHolder
 from .method import as_method, global_, local
 from .schedule import as_schedule, taper
-from .select import by_reason, check_selector, find_targets, select_tensors
+from .select import by_reason, check_selector, select_tensors
 from .plan import Cost, check_options, check_request, hint_percent, warn
-from .sparsifier import Sparsifier
+from .plan import SparsityWarning
+from .sparsifier import Sparsifier, check_model, reached
+from .plans import PlanSparsifier, check_parts, divide, is_plan, make_parts, plan_lines
 from .lottery import Snapshot, save_ticket
 from .learner import first_inputs
-from .report import DryRun, SparsityReport, sparsity_report
+from .report import DryRun, SparsityReport
 from .watch import map_tensors
 from .files import SavedFile, save_sparse as save_state
 
@@ -217,6 +219,10 @@ def _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets):
 class SparsifyCallback(HoldingCallback):
     "Make the model sparse while it trains"
     _stateattrs = HoldingCallback._stateattrs + ('sparsifier','_plan','_snapshot','_resumed')
+    _part = '' # of which plan it is a part
+
+    def __new__(cls, sparsity=None, *args, **kwargs): # a dict of settings makes several that act as one
+        return super().__new__(PlanCallback if cls is SparsifyCallback and is_plan(sparsity) else cls)
 
     @check_options
     def __init__(self,
@@ -236,8 +242,8 @@ class SparsifyCallback(HoldingCallback):
         reset_end:bool=False, # Rewind at the end of the fit too, which leaves the ticket untrained
         save_tickets:bool|str|Path=False, # Folder for the ticket of each round; True: `tickets` beside the models
     ):
-        if _has_settings(sparsity) or isinstance(self, PlanCallback):
-            self._become_plan({k: v for k,v in locals().items() if k != 'self'})
+        if is_plan(sparsity) or isinstance(self, PlanCallback):
+            self._take_plan(**{k: v for k,v in locals().items() if k != 'self'})
             return
         granularity,method = as_granularity(granularity),as_method(method)
         criteria,schedule = as_criterion(criteria),as_schedule(schedule)
@@ -267,6 +273,8 @@ class SparsifyCallback(HoldingCallback):
     @property
     def _settled(self): return self._progress == self.schedule(1.)
 
+SparsifyCallback.__new__.__wrapped__ = SparsifyCallback.__init__ # one signature
+
 # %% ../nbs/12_callback.ipynb #c34c8c38
 @patch(as_prop=True)
 def current_sparsity(self:SparsifyCallback) -> float: # Percent
@@ -280,19 +288,24 @@ def report(self:SparsifyCallback) -> SparsityReport: # A value that shows itself
 
 @patch
 def dry_run(self:SparsifyCallback,
-    learn:Learner, # With a model and training data; both are as they were afterwards
-    example_input=None, # What the model takes; None for two samples of the first batch
+    learn:Learner|torch.nn.Module, # With training data, or a model alone; all is as it was afterwards
+    example_input=None, # What the model takes; None for two samples of the first batch, if there is one
 ) -> DryRun: # A report of every tensor of two or more axes
     "What a fit with this callback would come to, judged by the weights as they are now"
-    example = first_inputs(learn) if example_input is None else example_input
-    made = Sparsifier(get_model(learn.model), self.granularity, self.method, self.criteria, self.layers, self.exclude,
-                      example_input=example)
-    run = made.dry_run(self.sparsity, self.round_to)
+    alone = isinstance(learn, torch.nn.Module)
+    example = first_inputs(learn) if example_input is None and not alone else example_input
+    made,run = self._dry(get_model(learn if alone else learn.model), example)
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
     if not frozen: return run
     names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')
     return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as is, '
                                            'until learn.unfreeze(), as the second half of fine_tune does.'))
+
+@patch
+def _dry(self:SparsifyCallback, model, example):
+    made = Sparsifier(model, self.granularity, self.method, self.criteria, self.layers, self.exclude,
+                      example_input=example)
+    return made,made.dry_run(self.sparsity, self.round_to)
 
 # %% ../nbs/12_callback.ipynb #2a356e7e
 @patch
@@ -380,11 +393,14 @@ def _at_start(self:SparsifyCallback): # what somebody would want to know before 
     if s.frozen:
         messages.append(f"{len(s.frozen)} of {len(s.targets)} layers to prune are frozen and stay as they are, "
                         "as they could not heal; learn.unfreeze() to prune all")
-    elif (reach := s.reach()) < 50:
-        dense = '; '.join(f'{names}: {why}' for why,names in list(by_reason(s.left_dense, 2).items())[:3])
-        messages.append(f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; "
-                        f"the others stay dense ({dense}); cb.sparsifier.left_dense has all")
+    else: messages += _little(s.model, *s.asked(self.sparsity))
     return messages
+
+def _little(model, targets, left_dense): # what to say of a fit that prunes little of what it could
+    if (reach := reached(model, targets, left_dense)) >= 50: return []
+    dense = '; '.join(f'{names}: {why}' for why,names in list(by_reason(left_dense, 2).items())[:3])
+    return [f"this fit prunes {reach:.2g} % of the model's tensors of two or more axes; "
+            f"the others stay dense ({dense}); cb.sparsifier.left_dense has all"]
 
 # %% ../nbs/12_callback.ipynb #7850e7a9
 @patch
@@ -490,8 +506,10 @@ def after_fit(self:SparsifyCallback):
         if self._progress != self.schedule(1.):
             now,goal = self.current_sparsity,self.schedule(1.)
             if goal < 1: warn(f"the fit ended at {now:.4g} % zeros, before its schedule came to its end; train on")
-            else: warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {_text(self.sparsity)}; "
-                       f"train on, or prune the rest with cb.sparsifier.prune_model({self.sparsity})")
+            else:
+                rest = '' if self._part else self.sparsity # a plan knows it
+                warn(f"the fit ended at {now:.4g} % zeros, before its schedule reached {_text(self.sparsity)}; "
+                     f"train on, or prune the rest with cb.sparsifier.prune_model({rest})")
     trained = self._active and self.train_iter
     HoldingCallback.after_fit(self)
     if trained: self._compare()
@@ -552,56 +570,38 @@ def _rewind(self:SparsifyCallback, percent=None):
         save_ticket(self.sparsifier.model, folder, percent)
 
 # %% ../nbs/12_callback.ipynb #827465c5
-def _has_settings(sparsity): return isinstance(sparsity, dict) and any(isinstance(v, dict) for v in sparsity.values())
-
 class PlanCallback(SparsifyCallback):
     "Several `SparsifyCallback`s that act as one, made where `sparsity` is a dict of settings"
-    name,_stateattrs = 'sparsify',SparsifyCallback._stateattrs + ('parts','_states')
+    name,_stateattrs = 'sparsify',HoldingCallback._stateattrs + ('parts','_states','_division','_whole','_new')
 
-    def __init__(self, sparsity:dict, *args, **settings): SparsifyCallback.__init__(self, sparsity, *args, **settings)
+    def _take_plan(self, sparsity, layers, exclude, schedule, **settings): # all arguments of the call
+        if layers is not None: raise ValueError("the keys of sparsity= say which layers; leave layers= out")
+        if exclude is not None: check_selector(exclude, 'exclude')
+        self.plan = plan_lines(sparsity, SparsifyCallback, schedule=schedule, **settings)
+        self.sparsity,self.schedule,self.exclude,self._said = sparsity,as_schedule(schedule),exclude,set()
+        self._init_state()
 
     def _init_state(self):
-        super()._init_state()
-        self.parts,self._states = [],None
+        HoldingCallback._init_state(self)
+        self.parts,self._states,self._division,self._whole,self._new = [],None,None,None,False
 
     def __call__(self, event_name):
         "Let all parts run `event_name`"
         if getattr(self, 'learn', None) is None: return
-        if event_name == 'before_fit' and not self.lock.locked():
+        if event_name == 'before_fit' and not self.lock.locked() and not hasattr(self.learn, 'lr_finder'):
             self.parts,self.order = self._trainable(self.divide(get_model(self.learn.model))),HoldingCallback.order
+            self._new = True
         for part in self.parts:
             part.learn = self.learn
             part(event_name)
+        if self._new and event_name in ('before_train','before_batch'): self._tell_reach()
         if self.parts and not any(part._resumed for part in self.parts): self._states = None # has been taken up
         self.order = max((part.order for part in self.parts), default=self.order)
 
-# %% ../nbs/12_callback.ipynb #ac8345c4
 @patch
-def _become_plan(self:SparsifyCallback, given): # given: all arguments of the call
-    if given['layers'] is not None: raise ValueError("the keys of sparsity= say which layers; leave layers= out")
-    if not isinstance(given['sparsity'], dict) or not given['sparsity']:
-        raise ValueError(f"sparsity={given['sparsity']!r} is no plan; pass a dict such as "
-                         "{nn.Conv2d: dict(sparsity=50, granularity='filter'), nn.Linear: 90}")
-    if type(self) is SparsifyCallback: object.__setattr__(self, '__class__', PlanCallback)
-    elif not isinstance(self, PlanCallback):
-        raise ValueError(f"{type(self).__name__} cannot be a plan, whose parts are plain SparsifyCallbacks; "
-                         "pass one such callback for each of the settings, with layers=")
-    defaults = {k: v for k,v in given.items() if k not in ('sparsity','layers','exclude')}
-    self.plan = [(selector, _settings(selector, v, defaults)) for selector,v in given['sparsity'].items()]
-    if given['exclude'] is not None: self.plan.append((given['exclude'], None))
-    self._said = set()
-    self._init_state()
-
-def _settings(selector, v, defaults): # of one line of a plan; mistakes are told where they are made
-    check_selector(selector, 'sparsity key')
-    if v is None: return None
-    v = v if isinstance(v, dict) else dict(sparsity=v)
-    if wrong := {'layers','exclude'} & v.keys(): raise ValueError(f"{wrong.pop()}= in the settings of {selector!r}: "
-                                                                   "the key says which layers are meant")
-    if 'sparsity' not in v:
-        raise ValueError(f"the settings of {selector!r} have no sparsity, such as dict(sparsity=50)")
-    SparsifyCallback(**defaults | v)
-    return defaults | v
+def _take_plan(self:SparsifyCallback, **_):
+    raise ValueError(f"{type(self).__name__} cannot be a plan, whose parts are plain SparsifyCallbacks; "
+                     "pass one such callback for each of the settings, with layers=")
 
 # %% ../nbs/12_callback.ipynb #1fb51ec6
 @patch
@@ -609,26 +609,12 @@ def divide(self:PlanCallback,
     model, # Any PyTorch model
 ) -> list[SparsifyCallback]: # One for all that have the same settings
     "The parts of the plan, for this model"
-    model = getattr(model, '_orig_mod', model) # compiled
-    owner,names = {},{id(m): n for n,m in model.named_modules()}
-    for selector,settings in self.plan:
-        out = {p.id for p in select_tensors(model, selector, 'sparsity key')}
-        if settings is None:
-            owner = {i: o for i,o in owner.items() if i not in out}
-        else:
-            targets,_ = find_targets(model, as_granularity(settings.get('granularity', 'weight')), selector)
-            owner |= {id(t.parameter): (f'{names[id(t.layer)]}.{t.param}'.lstrip('.'), settings) for t in targets}
-    parts = []
-    for name,settings in owner.values():
-        names = next((ns for s,ns in parts if s == settings), None)
-        if names is None: parts.append((settings, [name]))
-        else: names.append(name)
-    if not parts: raise ValueError("this plan leaves all layers dense")
-    made = [SparsifyCallback(**s, layers=ns) for s,ns in parts]
+    self._division = divide(check_model(model), self.plan, self.exclude)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SparsityWarning) # what the settings ask for was looked at when this was made
+        made = [SparsifyCallback(**settings, layers=names) for settings,names in self._division.parts]
     for i,part in enumerate(made): part._part = str(i)
-    if wrong := set(self._states or ()) - {part._part for part in made}:
-        raise ValueError(f"the state has the parts {sorted(self._states)}, but this plan has {len(made)} here; "
-                         f"{', '.join(sorted(map(str, wrong)))} cannot be taken up: both have to be as they were")
+    if self._states is not None: check_parts(self._states, len(made))
     for part in made:
         if part._part in (self._states or ()): part.load_state_dict(self._states[part._part])
     return made
@@ -637,7 +623,7 @@ def divide(self:PlanCallback,
 def _trainable(self:PlanCallback, parts): # a part of which all is frozen waits for another fit
     if _frozen_phase(self.learn): return parts
     grad = lambda p: getattr(p.layer._parameters.get(p.param), 'requires_grad', False)
-    model = getattr(get_model(self.learn.model), '_orig_mod', get_model(self.learn.model))
+    model = check_model(get_model(self.learn.model))
     some = [part for part in parts if any(map(grad, select_tensors(model, part.layers)))] or parts
     if gone := [', '.join(part.layers[:3]) + ', ...'*(len(part.layers) > 3) for part in parts if part not in some]:
         self._tell_once([f"{'; '.join(gone)}: these parts of the plan are frozen and stay as they are, "
@@ -645,19 +631,37 @@ def _trainable(self:PlanCallback, parts): # a part of which all is frozen waits 
     return some
 
 # %% ../nbs/12_callback.ipynb #00195cb0
+@patch
+def _tell_reach(self:PlanCallback): # once all parts have their targets
+    s = self.sparsifier
+    if s is None or not all(part.units for part in s.parts): return
+    self._new = False
+    if not s.frozen and len(s.parts) == len(self._division.parts):
+        self._tell_once(_little(s.model, s.targets.values(), s.left_dense))
+
+# %% ../nbs/12_callback.ipynb #9cfec491
 @patch(as_prop=True)
-def report(self:PlanCallback) -> SparsityReport: # A value that shows itself as a table
-    "What is zero now, counted layer by layer"
-    made = [part._made() for part in self.parts] or [self._made()]
-    layers = {n: at for s in made for n,at in s._layers_now().items()}
-    notes = dict.fromkeys(n for s in made for n in s._told + tuple(s.flow_notes()))
-    return sparsity_report(made[0].model, layers, tuple(notes))
+def sparsifier(self:PlanCallback) -> PlanSparsifier|None: # None before the first fit
+    "The `Sparsifier`s of all parts, as one"
+    made = [part.sparsifier for part in self.parts]
+    if not made or None in made: return None
+    if self._whole is None or self._whole.parts != made:
+        numbers = [int(part._part) for part in self.parts]
+        self._whole = PlanSparsifier.of(made[0].model, self._division, dict(zip(numbers, made)))
+    return self._whole
 
 @patch(as_prop=True)
-def current_sparsity(self:PlanCallback) -> float: # Percent
-    "The zeros among the weights of all parts, counted now"
-    return self.report.sparsity
+def history(self:PlanCallback) -> list[tuple[float,float]]: # (position, percent)
+    "What the masks of all parts made zero of their weights, at each update of one of them"
+    sizes,now,together = [_planned_size(part) for part in self.parts],[0.]*len(self.parts),{}
+    for position,i,percent in sorted((pos, i, p) for i,part in enumerate(self.parts) for pos,p in part.history):
+        now[i] = percent
+        together[position] = sum(p*n for p,n in zip(now, sizes))/sum(sizes)
+    return list(together.items())
 
+def _planned_size(part): return sum(part.sparsifier.units[n].size for n in part._plan.end) if part._plan else 0
+
+# %% ../nbs/12_callback.ipynb #c268909a
 @patch
 def state_dict(self:PlanCallback) -> dict: # Tensors and numbers only
     "The state of each part"
@@ -669,21 +673,14 @@ def load_state_dict(self:PlanCallback,
     state:dict, # Made by `state_dict`
 ):
     "Start the next fit with the masks of `state`"
-    if not isinstance(state, dict) or not all(isinstance(s, dict) for s in state.values()):
-        raise ValueError(f"the state {type(state).__name__} is not of a plan; pass the dict that state_dict() gave")
+    check_parts(state)
     self._states = dict(state)
 
 @patch
-def dry_run(self:PlanCallback,
-    learn:Learner, # With a model and training data
-    example_input=None, # What the model takes; None for two samples of the first batch
-) -> DryRun: # A report of every tensor of two or more axes
-    "What a fit with this plan would come to, judged by the weights as they are now"
-    runs = [part.dry_run(learn, example_input) for part in self.divide(get_model(learn.model))]
-    rows = [next((l for l in ls if l.plan), ls[-1]) for ls in zip(*(r.layers for r in runs))]
-    there = sparsity_report(get_model(learn.model), {}).all_zeros
-    zeros = there + sum(r.all_zeros - there for r in runs)
-    return DryRun(tuple(rows), zeros, runs[0].all_weights, tuple(dict.fromkeys(n for r in runs for n in r.notes)))
+def _dry(self:PlanCallback, model, example):
+    division = divide(model := check_model(model), self.plan, self.exclude)
+    made = PlanSparsifier.of(model, division, make_parts(model, division, example))
+    return made,made.dry_run()
 
 # %% ../nbs/12_callback.ipynb #3f542c81
 @patch

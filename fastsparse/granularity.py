@@ -90,7 +90,7 @@ for d,spatial in {2: 'kh kw', 1: 'k', 3: 'kd kh kw'}.items():
     register_layer(getattr(nn, f'ConvTranspose{d}d'), f'(group:groups in) out {spatial}', _conv_granularities(spatial))
 _matrix = dict(weight='out in', row='out', column='in', layer='')
 register_layer(nn.Linear, 'out in', _matrix)
-register_layer(nn.Bilinear, 'out in in2', dict(weight='out in in2', row='out', layer=''))
+register_layer(nn.Bilinear, 'out in in2', dict(weight='out in in2', row='out', column='in in2', layer=''))
 register_layer('transformers.pytorch_utils.Conv1D', 'in out', _matrix)
 
 # %% ../nbs/00_granularity.ipynb #a1f9beb7
@@ -458,7 +458,9 @@ def groups(self:NM,
 
 @patch
 def _no_axis(self:NM, layer, axes=()):
-    if self.axis == 'in': return f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}"
+    if self.axis == 'in':
+        fix = f"; an axis that it has can be named, as in NM({self.n}, {self.m}, {axes[-1]!r})" if axes else ''
+        return f"{_cls_name(layer)} has no input axis to cut into blocks of {self.m}{fix}"
     return (f"{_cls_name(layer)} has no axis {self.axis!r} to cut into blocks of {self.m}"
             + f", only {', '.join(axes)}"*bool(axes))
 

@@ -74,9 +74,10 @@ def check_sparsity(
     for selector,percent in sparsity.items():
         check_selector(selector, 'sparsity key')
         if isinstance(percent, (dict, Cost)):
-            fix = f"; in a plan, write dict(sparsity={percent}, granularity='coupled')"*isinstance(percent, Cost)
+            fix = "settings are for SparsifyCallback({...}) or PlanSparsifier(model, {...}).prune_model()"
+            if isinstance(percent, Cost): fix = f"in a plan, write dict(sparsity={percent}, granularity='coupled')"
             raise ValueError(f"the sparsity of {selector!r} is {percent!r}; "
-                             f"it has to be a percentage from 0 to 100{fix}")
+                             f"it has to be a percentage from 0 to 100; {fix}")
         if percent is not None: _check_percent(percent)
     if all(p is None for p in sparsity.values()):
         raise ValueError(f"sparsity={sparsity} leaves all dense; give at least one layer a percentage")

@@ -172,6 +172,7 @@ def to_dataframe(self:SparsityReport): # A pandas DataFrame, one row for each la
 @dataclass(frozen=True)
 class PlannedLayer(LayerReport):
     "What would become of one tensor"
+    key:str='' # The key of the plan that it goes by, if there are keys
     plan:str='' # How it would be pruned; empty for what stays dense
     groups:tuple[int,int]|None=None # Groups that would be left, and groups in all
     follows:tuple[str,...]=() # Tensors that would be zero with it, such as its bias and the BatchNorm behind it
@@ -179,19 +180,23 @@ class PlannedLayer(LayerReport):
 
 class DryRun(SparsityReport):
     "What would be pruned, and what stays dense and why"
-    _columns = ('tensor','type','shape','zeros','weights','sparsity','outputs left','groups left',
+    @property
+    def _columns(self):
+        key = ('key',)*any(l.key for l in self.layers)
+        return ('tensor','type','shape','zeros','weights','sparsity','outputs left','groups left',*key,
                 'plan, what follows; or why it stays dense')
 
     def _rows(self):
+        keys = 'key' in self._columns
         for l in self.layers:
             outputs = '' if l.filters is None else f'{l.filters - l.dead_filters} of {l.filters}'
             groups = '' if l.groups is None else '{:,} of {:,}'.format(*l.groups)
             shape = '×'.join(map(str, l.shape))
-            yield (l.name, l.type, shape, *_counted(l.zeros, l.weights), outputs, groups, _said(l))
-        pruned = [l for l in self.layers if l.plan]
+            yield (l.name, l.type, shape, *_counted(l.zeros, l.weights), outputs, groups, *[l.key]*keys, _said(l))
+        pruned,rest = [l for l in self.layers if l.plan],['']*(3 + keys)
         all_of = lambda rows: _counted(sum(l.zeros for l in rows), sum(l.weights for l in rows))
-        yield ('what is pruned', f'{len(pruned)} of {len(self.layers)}', '', *all_of(pruned), '', '', '')
-        yield ('all parameters', '', '', *_counted(self.all_zeros, self.all_weights), '', '', '')
+        yield ('what is pruned', f'{len(pruned)} of {len(self.layers)}', '', *all_of(pruned), *rest)
+        yield ('all parameters', '', '', *_counted(self.all_zeros, self.all_weights), *rest)
 
     def _footer(self): return list(self.notes)
 

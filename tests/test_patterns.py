@@ -229,19 +229,101 @@ def torch_ao(fc, **kwargs):
 
 
 @pytest.mark.parametrize('shape', [(1, 4), (4, 1), (4, 4), (2, 8)])
-@pytest.mark.parametrize('level', [.25, .5, .8])
+@pytest.mark.parametrize('level', [.1, .25, .5, .8, .95])
 def test_blocks_are_those_of_torch_ao(shape, level):
+    "torch.ao.pruning, sparsifier/weight_norm_sparsifier.py"
     fc = nn.Linear(16, 24)
     expected = torch_ao(fc, sparsity_level=level, sparse_block_shape=shape)
     Sparsifier(fc, Block(*shape), 'local', 'squared_final').prune_model(100*level)
     assert torch.equal(fc.weight != 0, expected)
 
 
-def test_two_of_four_is_that_of_torch_ao():
+@pytest.mark.parametrize('n,m', [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)])
+def test_n_of_m_is_that_of_torch_ao(n, m):
+    "torch.ao.pruning, sparsifier/weight_norm_sparsifier.py: so many zeros in every block"
     fc = nn.Linear(16, 24)
-    expected = torch_ao(fc, sparsity_level=1., sparse_block_shape=(1, 4), zeros_per_block=2)
-    Sparsifier(fc, '2:4').prune_model(50)
+    expected = torch_ao(fc, sparsity_level=1., sparse_block_shape=(1, m), zeros_per_block=m-n)
+    Sparsifier(fc, NM(n, m)).prune_model(100*(m-n)/m)
     assert torch.equal(fc.weight != 0, expected)
+
+
+def jaxpruner_top(scores, sparsity):
+    "google-research/jaxpruner, mask_calculator.py, `topk_mask_calculator`, by its description: the highest stay, of equal ones the first"
+    flat = scores.flatten().tolist()
+    kept = sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:max(round(len(flat)*(1 - sparsity)), 1)]
+    return torch.zeros(len(flat)).index_fill_(0, torch.tensor(kept), 1).view(scores.shape).bool()
+
+
+def jaxpruner_n_by_m(scores, n, m):
+    "The same file, `topk_n_by_m_mask_calculator`: ranks in each block of the last axis, of equal ones the first go"
+    ranks = scores.reshape(-1, m).argsort(stable=True).argsort(stable=True)
+    return (ranks >= m-n).view(scores.shape)
+
+
+def jaxpruner_blocks(scores, sparsity, h, w, average):
+    "The same file, `topk_block_mask_calculator`: pooled, ranked, and repeated"
+    pooled = scores.unfold(0, h, h).unfold(1, w, w).flatten(2)
+    pooled = pooled.mean(-1) if average else pooled.amax(-1)
+    return jaxpruner_top(pooled, sparsity).repeat_interleave(h, 0).repeat_interleave(w, 1)
+
+
+def back(fc): # all read from the other end
+    with torch.no_grad(): fc.weight.copy_(fc.weight.flip(0, 1))
+    return fc
+
+
+@pytest.mark.parametrize('percent', [0, 10, 50, 80, 95, 99.5])
+@pytest.mark.parametrize('ties', [False, True])
+def test_single_weights_are_those_of_jaxpruner(percent, ties):
+    "Where scores are equal jaxpruner keeps the first, and here the first go: the masks are mirrored then, and have as many zeros"
+    fc = nn.Linear(20, 10)
+    with torch.no_grad(): fc.weight.copy_(torch.randint(1, 4, (10, 20)).float() if ties else fc.weight)
+    expected = jaxpruner_top(fc.weight.detach().abs(), percent/100)
+    if ties: back(fc)
+    Sparsifier(fc, 'weight', 'local').prune_model(percent)
+    if ties: back(fc)
+    assert torch.equal(fc.weight != 0, expected)
+
+
+@pytest.mark.parametrize('n,m', [(2, 4), (1, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize('axis', ['in', 'out'])
+@pytest.mark.parametrize('ties', [False, True])
+def test_n_of_m_is_that_of_jaxpruner(n, m, axis, ties):
+    "Ties too; along its last axis, or with `axis=` another one"
+    fc, conv = nn.Linear(16, 24), nn.Conv2d(16, 8, 3)
+    with torch.no_grad():
+        for w in (fc.weight, conv.weight): w.copy_(torch.randint(1, 4, w.shape).float() if ties else w)
+    at = 1 if axis == 'in' else 0
+    expected = [jaxpruner_n_by_m(w.detach().abs().movedim(at, -1), n, m).movedim(-1, at) for w in (fc.weight, conv.weight)]
+    Sparsifier(nn.Sequential(fc, conv), NM(n, m, axis)).prune_model(100*(m-n)/m)
+    assert torch.equal(fc.weight != 0, expected[0]) and torch.equal(conv.weight != 0, expected[1])
+
+
+@pytest.mark.parametrize('pool', ['mean', 'max'])
+@pytest.mark.parametrize('h,w', [(1, 4), (2, 2), (2, 4), (4, 4), (5, 1)])
+@pytest.mark.parametrize('percent', [20, 50, 90])
+@pytest.mark.parametrize('ties', [False, True])
+def test_blocks_are_those_of_jaxpruner(h, w, pool, percent, ties):
+    fc = nn.Linear(40, 20)
+    with torch.no_grad(): fc.weight.copy_(torch.randint(1, 4, fc.weight.shape).float() if ties else fc.weight)
+    expected = jaxpruner_blocks(fc.weight.detach().abs(), percent/100, h, w, pool == 'mean')
+    if ties: back(fc)
+    Sparsifier(fc, Block(h, w, pool), 'local').prune_model(percent)
+    if ties: back(fc)
+    assert torch.equal(fc.weight != 0, expected)
+
+
+def test_mean_and_maximum_by_hand():
+    "What TensorFlow's and jaxpruner's average pooling throws away, maximum pooling keeps: one weight of nine among small ones"
+    spike, even, low = [9, 1, 1, 1], [4, 4, 4, 4], [2, 2, 2, 2]
+    def left(pool, percent, *lines, h=1):
+        fc = linear(*[list(a) + list(b) for a, b in lines])
+        Sparsifier(fc, Block(h, 4, pool), 'local').prune_model(percent)
+        return [[int(any(r[:4])), int(any(r[4:]))] for r in rows(fc.weight)]
+    assert left('mean', 50, (spike, even), (low, low)) == [[1, 1], [0, 0]] and left('mean', 75, (spike, even), (low, low)) == [[0, 1], [0, 0]]
+    assert left('max', 75, (spike, even), (low, low)) == [[1, 0], [0, 0]]
+    square = [(spike, even), (low, even), (low, even), (low, even)]
+    assert left('mean', 50, *square, h=4) == [[0, 1]]*4 and left('max', 50, *square, h=4) == [[1, 0]]*4
 
 
 # ties

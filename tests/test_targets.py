@@ -8,6 +8,7 @@ import torch
 from fastai_helpers import Journal, fit, learner, regrown
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_leaves
 
 from fastsparse.callback import PlanCallback, SparsifyCallback
 from fastsparse.criteria import available_criteria
@@ -52,14 +53,39 @@ LAYERS = {
     'LSTM': lambda: nn.LSTM(8, 8, 2, bidirectional=True), 'LSTM projected': lambda: nn.LSTM(8, 16, proj_size=4), 'GRU': lambda: nn.GRU(8, 12), 'RNN': lambda: nn.RNN(8, 12),
     'LSTMCell': lambda: nn.LSTMCell(8, 8), 'GRUCell': lambda: nn.GRUCell(8, 8), 'RNNCell': lambda: nn.RNNCell(8, 8), 'attention': lambda: nn.MultiheadAttention(16, 4),
     'attention, separate': lambda: nn.MultiheadAttention(16, 4, kdim=8, vdim=12), 'bilinear': lambda: nn.Bilinear(8, 4, 6), 'embedding': lambda: nn.Embedding(20, 8), 'bag': lambda: nn.EmbeddingBag(20, 8),
-    'experts': Experts,
+    'experts': Experts, 'GRU both ways': lambda: nn.GRU(8, 12, bidirectional=True), 'LSTM projected both ways': lambda: nn.LSTM(8, 16, bidirectional=True, proj_size=4),
+    'Conv1D': lambda: hugging_face_conv1d(16, 8), 'AWD-LSTM': lambda: awd_lstm(8, 12), 'linear': lambda: nn.Linear(8, 12), 'conv': lambda: nn.Conv2d(8, 12, 3, groups=2), 'transposed': lambda: nn.ConvTranspose2d(8, 12, 3, groups=2),
+}
+SEQUENCES, BATCHES = torch.randn(5, 3, 8), torch.randn(3, 8) # time first
+INPUTS = {
+    **dict.fromkeys(['LSTM', 'LSTM projected', 'GRU', 'RNN', 'GRU both ways', 'LSTM projected both ways', 'AWD-LSTM'], (SEQUENCES,)), **dict.fromkeys(['experts', 'Conv1D', 'linear'], (BATCHES,)),
+    'LSTMCell': (BATCHES, (BATCHES + 1, BATCHES)), **dict.fromkeys(['GRUCell', 'RNNCell'], (BATCHES, BATCHES + 1)),
+    'attention': (torch.randn(5, 3, 16),)*3, 'attention, separate': (torch.randn(5, 3, 16), torch.randn(4, 3, 8), torch.randn(4, 3, 12)), 'bilinear': (BATCHES, torch.randn(3, 4)),
+    **dict.fromkeys(['embedding', 'bag'], (torch.arange(20).view(4, 5),)), **dict.fromkeys(['conv', 'transposed'], (torch.randn(2, 8, 6, 6),)),
 }
 TARGETS = {
     'LSTM': [f'weight_{w}_l{i}{r}' for i in (0, 1) for r in ('', '_reverse') for w in ('ih', 'hh')], 'LSTM projected': ['weight_ih_l0', 'weight_hh_l0', 'weight_hr_l0'], 'GRU': ['weight_ih_l0', 'weight_hh_l0'],
     'RNN': ['weight_ih_l0', 'weight_hh_l0'], 'LSTMCell': ['weight_ih', 'weight_hh'], 'GRUCell': ['weight_ih', 'weight_hh'], 'RNNCell': ['weight_ih', 'weight_hh'],
     'attention': ['in_proj_weight', 'out_proj.weight'], 'attention, separate': ['q_proj_weight', 'k_proj_weight', 'v_proj_weight', 'out_proj.weight'], 'bilinear': ['weight'], 'embedding': ['weight'], 'bag': ['weight'],
-    'experts': ['bank', 'router'],
+    'experts': ['bank', 'router'], 'GRU both ways': [f'weight_{w}_l0{r}' for r in ('', '_reverse') for w in ('ih', 'hh')], 'LSTM projected both ways': [f'weight_{w}_l0{r}' for r in ('', '_reverse') for w in ('ih', 'hh', 'hr')],
+    'AWD-LSTM': ['weight_hh_l0_raw', 'module.weight_ih_l0'], **dict.fromkeys(['Conv1D', 'linear', 'conv', 'transposed'], ['weight']),
 }
+
+
+def hugging_face_conv1d(no, ni):
+    "The layer of GPT-2, or where that is not installed another one of its name: inputs first"
+    try: from transformers.pytorch_utils import Conv1D
+    except ImportError:
+        def forward(self, x): return torch.addmm(self.bias, x, self.weight)
+        layer = type('Conv1D', (nn.Module,), {'__module__': 'transformers.pytorch_utils', 'forward': forward})()
+        layer.weight, layer.bias = nn.Parameter(torch.randn(ni, no)), nn.Parameter(torch.zeros(no))
+        return layer
+    return Conv1D(no, ni)
+
+
+def awd_lstm(ni, nh):
+    from fastai.text.models.awdlstm import WeightDropout
+    return WeightDropout(nn.LSTM(ni, nh), .3)
 
 
 def make(kind):
@@ -74,15 +100,29 @@ def test_all_matrices_of_each_type_are_targets(kind):
     assert {n for n, p in s.model.named_parameters() if p.dim() > 1} == set(s.targets)
 
 
+@torch.no_grad()
+def outputs(m, inputs, weights=None):
+    "What the layer puts out in training and in evaluation, with its own parameters or with others"
+    found = []
+    for mode in (True, False):
+        m.train(mode)
+        torch.manual_seed(0) # of dropout
+        y = torch.func.functional_call(m.layer, weights or {}, inputs)
+        found += [t.detach().clone() for t in tree_leaves(y) if isinstance(t, torch.Tensor)]
+    return found
+
+
 @pytest.mark.parametrize('method', ['local', 'global'])
 @pytest.mark.parametrize('granularity', ['weight', 'row', 'column', 'output', '2:4'])
 @pytest.mark.parametrize('kind', LAYERS)
-def test_counts_are_exact(kind, granularity, method):
+def test_counts_are_exact_and_the_forward_uses_the_zeros(kind, granularity, method):
     m = make(kind)
     try: s = Sparsifier(m, granularity, method, layers='layer')
     except ValueError as e:
-        assert 'no layer to prune' in str(e) and kind in ('bilinear', 'embedding', 'bag') # these have no column, or no input
+        assert "no layer to prune by 2:4" in str(e) and "NM(2, 4, 'feature')" in str(e) and kind in ('embedding', 'bag') and granularity == '2:4'
         return
+    assert set(s.targets) == {f'layer.{n}' for n in TARGETS[kind]} and not s.left_dense
+    weights = {n: t.weight.clone() for n, t in s.targets.items()}
     for percent in (50,) if granularity == '2:4' else (50, 90):
         s.prune_model(percent)
         sizes, gone = {n: t.size for n, t in s.targets.items()}, {n: int((~s.masks[n]).sum()) for n in s.targets}
@@ -95,6 +135,12 @@ def test_counts_are_exact(kind, granularity, method):
             assert abs(sum(gone.values()) - min(percent*sum(sizes.values())/100, most)) <= max(t.groups.step for t in s.targets.values())
         assert all(not t.weight[~s.masks[n]].any() for n, t in s.targets.items())
         assert s.report().zeros == sum(gone.values()) and s.sparsity() == pytest.approx(100*sum(gone.values())/sum(sizes.values()))
+        masked = {n.removeprefix('layer.'): p for n, p in m.named_parameters()} | {n.removeprefix('layer.'): w*s.masks[n] for n, w in weights.items()}
+        now, meant = outputs(m, INPUTS[kind]), outputs(make(kind), INPUTS[kind], masked)
+        assert all(torch.equal(a, b) for a, b in zip(now, meant)), 'its forward uses the zeros'
+        for n in [n.removeprefix('layer.') for n in weights if percent == 50 and method == 'local']: # every one of them
+            rest = {k: w for k, w in masked.items() if k != n}
+            assert not all(torch.equal(a, b) for a, b in zip(now, outputs(make(kind), INPUTS[kind], rest)))
 
 
 def dead(w, axis, size):
