@@ -236,10 +236,16 @@ def _before(a, b, first): return (torch.le if first else torch.lt)(a, b, out=tor
 
 def _keep_rows(rows, k):
     if k in (0, rows.shape[-1]): return torch.full(rows.shape, k == 0, dtype=torch.bool, device=rows.device)
+    if rows.shape[-1] > 16: return _keep_long_rows(rows, k)
     keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
     columns = [c.contiguous() for c in rows.unbind(-1)]
     for j,c in enumerate(columns):
         keep[:,j] = sum(_before(other, c, i < j) for i,other in enumerate(columns) if i != j) >= k
+    return keep
+
+def _keep_long_rows(rows, k):
+    keep,few = torch.ones(rows.shape, dtype=torch.bool, device=rows.device),2**22//rows.shape[-1] + 1
+    for s,kept in zip(rows.split(few), keep.split(few)): kept.scatter_(1, s.argsort(dim=1, stable=True)[:,:k], False)
     return keep
 
 # %% ../nbs/02_mask.ipynb #2623d1ac
