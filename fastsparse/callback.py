@@ -28,10 +28,11 @@ from .mask import MaskHolder, ZeroHolder
 from .method import as_method, global_, local
 from .schedule import as_schedule, taper
 from .select import by_reason, check_selector, find_targets, select_tensors
-from .plan import Cost, check_options, check_request, hint_percent, warn
+from .plan import Cost, Count, check_options, check_request, hint_percent, warn
 from .sparsifier import Sparsifier
 from .lottery import Snapshot, save_ticket
 from .learner import first_inputs
+from .ends import asks_for_ends, ends, knows_ends
 from .report import DryRun, SparsityReport, sparsity_report
 from .watch import map_tensors
 from .files import SavedFile, save_sparse as save_state
@@ -220,10 +221,11 @@ class SparsifyCallback(HoldingCallback):
 
     @check_options
     def __init__(self,
-        sparsity:float|dict|Cost, # Percent of the targets' weights that shall be zero, or {selector: percent}; with
-                                  # 'coupled' `MACs(percent)` or `Params(percent)`; or {selector: dict of settings}
+        sparsity:float|Count|dict|Cost, # Percent of the targets' weights that shall be zero, or `Count(weights)`, or
+                                  # {selector: percent}; with 'coupled' `MACs(percent)` or `Params(percent)`;
+                                  # or {selector: dict of settings}
         granularity='weight', # A name, such as 'filter', 'output' or 'coupled', a pattern such as '2:4', or an object
-        method='global', # 'local', 'global', or a function as in `fastsparse.method`
+        method='global', # 'local', 'global', 'per_output', 'owl', `Bounded`, or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
@@ -323,9 +325,14 @@ def before_fit(self:SparsifyCallback):
     begun = self._made_for_fit is not None or self._holder is not None
     if begun: self._add_column() # again too: the Recorder forgets it in a validation
 
+def _see_ends(learn, *selectors): # what is first and last in the data flow, where somebody asks for it
+    model = get_model(learn.model)
+    if asks_for_ends(*selectors) and not knows_ends(model): ends(model, first_inputs(learn))
+
 @patch
 def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
+    _see_ends(self.learn, self.layers, self.exclude, self.sparsity)
     sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
                             self.layers, self.exclude, trainable_only=not self._waits, example_input=...)
     self._check_alone(sparsifier)
@@ -481,7 +488,7 @@ def after_train(self:SparsifyCallback): # epochs can be cut short in ways that n
     if self._active and not self._waits and self._plan and self._epoch == self.n_epoch-1: self._go_to(1.)
 
 # %% ../nbs/12_callback.ipynb #3a27b7ef
-def _text(sparsity): return str(sparsity) if isinstance(sparsity, Cost) else f'{sparsity} %'
+def _text(sparsity): return str(sparsity) if isinstance(sparsity, (Cost,Count)) else f'{sparsity} %'
 
 @patch
 def after_fit(self:SparsifyCallback):
@@ -568,6 +575,7 @@ class PlanCallback(SparsifyCallback):
         "Let all parts run `event_name`"
         if getattr(self, 'learn', None) is None: return
         if event_name == 'before_fit' and not self.lock.locked():
+            _see_ends(self.learn, *(selector for selector,_ in self.plan))
             self.parts,self.order = self._trainable(self.divide(get_model(self.learn.model))),HoldingCallback.order
         for part in self.parts:
             part.learn = self.learn
@@ -620,7 +628,8 @@ def divide(self:PlanCallback,
             owner |= {id(t.parameter): (f'{names[id(t.layer)]}.{t.param}'.lstrip('.'), settings) for t in targets}
     parts = []
     for name,settings in owner.values():
-        names = next((ns for s,ns in parts if s == settings), None)
+        apart = isinstance(settings['sparsity'], Count) # so many weights for each line
+        names = next((ns for s,ns in parts if s is settings or s == settings and not apart), None)
         if names is None: parts.append((settings, [name]))
         else: names.append(name)
     if not parts: raise ValueError("this plan leaves all layers dense")
@@ -679,6 +688,8 @@ def dry_run(self:PlanCallback,
     example_input=None, # What the model takes; None for two samples of the first batch
 ) -> DryRun: # A report of every tensor of two or more axes
     "What a fit with this plan would come to, judged by the weights as they are now"
+    if example_input is not None: ends(get_model(learn.model), example_input)
+    _see_ends(learn, *(selector for selector,_ in self.plan))
     runs = [part.dry_run(learn, example_input) for part in self.divide(get_model(learn.model))]
     rows = [next((l for l in ls if l.plan), ls[-1]) for ls in zip(*(r.layers for r in runs))]
     there = sparsity_report(get_model(learn.model), {}).all_zeros

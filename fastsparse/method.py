@@ -48,11 +48,13 @@ def floors(
     channels:list[int], # Inputs and outputs of each layer together
     level:list[bool], # Whether the scores of a layer are all equal
     wanted:float, # Weights that shall be zero in all
+    bound:list[int]|None=None, # Groups that have to stay in each layer for other reasons
 ) -> list[int]: # Groups that each layer keeps at least
     "The floor of one ranking, such that `wanted` can be met"
     share = 1 - wanted/sum(k*s for k,s in zip(n, step))
     for part in (1, .75, .5, .25, 0):
         least = [least_kept(k, c, part*share, l) for k,c,l in zip(n, channels, level)]
+        if bound: least = list(map(max, least, bound))
         if sum((k-f)*s for k,f,s in zip(n, least, step)) >= wanted: break
     return least
 
@@ -215,6 +217,8 @@ class Owl:
     def rows(self): return getattr(self._inner, 'rows', None)
     @property
     def _inner(self): return as_method(self.method)
+
+    def __str__(self): return f"owl (M={self.M:g}, spread={self.spread:g}, {self._inner.__name__})"
 
     def __post_init__(self):
         for k,v,top in (('M', self.M, math.inf), ('spread', self.spread, 100)):
