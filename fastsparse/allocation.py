@@ -24,8 +24,8 @@ from .select import check_selector, select_tensors, tensor_id
 class Bounded:
     "A method in which no layer loses more, or keeps less, than it is told"
     method:str|Callable='global' # The method within these bounds: a name or a function
-    max_sparsity:float|Count|dict|None=None # Percent or `Count` that a layer loses at most, or {selector: either or None}
-    min_kept:float|Count|dict|None=None # Percent or `Count` that a layer keeps at least, or {selector: either or None}
+    max_sparsity:float|Count|dict|None=None # Percent or `Count` that a layer loses at most, or {selector: either}
+    min_kept:float|Count|dict|None=None # Percent or `Count` that a layer keeps at least, or {selector: either}
 
     @property
     def own(self): return getattr(self._inner, 'own', False)
@@ -37,15 +37,21 @@ class Bounded:
     def _inner(self): return as_method(self.method)
 
     def __post_init__(self):
-        if isinstance(self._inner, Bounded): raise ValueError(f"method={self.method!r} has bounds already; put all into one")
+        if isinstance(self._inner, Bounded):
+            raise ValueError(f"method={self.method!r} has bounds already; put all into one")
         if self.max_sparsity is None and self.min_kept is None:
             raise ValueError("Bounded without a bound; pass max_sparsity=, such as 95, or min_kept=, such as Count(64)")
         for what in ('max_sparsity','min_kept'): _check_bound(what, getattr(self, what))
 
-    def __call__(self, scores, n, step, wanted, floor): return self._inner(scores, n, step, wanted, floor)
-    def __str__(self):
-        bounds = [f'{k}={v}' for k,v in (('max_sparsity', self.max_sparsity), ('min_kept', self.min_kept)) if v is not None]
-        return f"{str(getattr(self._inner, '__name__', self._inner)).strip('_')} with {', '.join(bounds)}"
+# %% ../nbs/08a_allocation.ipynb #7f25b7f2
+@patch
+def __call__(self:Bounded, scores, n, step, wanted, floor): return self._inner(scores, n, step, wanted, floor)
+
+@patch
+def __str__(self:Bounded):
+    bounds = dict(max_sparsity=self.max_sparsity, min_kept=self.min_kept)
+    said = ', '.join(f'{k}={v}' for k,v in bounds.items() if v is not None)
+    return f"{str(getattr(self._inner, '__name__', self._inner)).strip('_')} with {said}"
 
 def _check_bound(what, bound):
     if bound is None: return
@@ -102,7 +108,8 @@ def uniform(
     if example_input is not None: ends(model, example_input)
     targets = _one_for_all('uniform', model, sparsity, layers, exclude)
     percent = _percent_of(sparsity, {t.layer_name: t.weight.shape for t in targets})
-    at_most = lambda t: min([100.] + [first]*first_layer(t.layer_name, t.layer) + [last]*last_layer(t.layer_name, t.layer))
+    end = lambda t, is_end, cap: cap if is_end(t.layer_name, t.layer) else 100.
+    at_most = lambda t: min(end(t, first_layer, first), end(t, last_layer, last))
     sizes,caps = [t.size for t in targets],[at_most(t) for t in targets]
     others = _level(sizes, caps, percent) if total else percent
     if others > 100 + 1e-6:

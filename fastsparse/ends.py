@@ -18,12 +18,14 @@ from .watch import named_tensors, unwrap, watch
 # %% ../nbs/06h_ends.ipynb #5b263e36
 _products = ('mm','addmm','bmm','baddbmm','convolution','dot','mv','addmv')
 
+def _own(m): # tensors of a layer, those from which it computes others included
+    made = getattr(m, 'parametrizations', nn.Module()).parameters()
+    return [p for p in (*m._parameters.values(), *made) if p is not None]
+
 def _matrices(model): # tensors by name: whether the layer that has it is of a type that can be pruned
     tensors = named_tensors(model)
     wide = lambda t: sum(s > 1 for s in t.shape) > 1
-    prunable = {id(p) for m in model.modules() if prunable_params(m)
-                for p in [*m._parameters.values(), *getattr(m, 'parametrizations', nn.Module()).parameters()]
-                if p is not None and p.dim() > 1}
+    prunable = {id(p) for m in model.modules() if prunable_params(m) for p in _own(m) if p.dim() > 1}
     return {n: id(t) in prunable for n,t in tensors.items() if id(t) in prunable or wide(t)}
 
 # %% ../nbs/06h_ends.ipynb #5920f7d0
@@ -76,8 +78,7 @@ def ends(
     with torch.no_grad(): rec = watch(model, example_input, one_way=False)
     ops,tensors = _layers(rec, _matrices(model)),named_tensors(model)
     both = [{id(tensors[n]) for n in names} for names in (_first(ops), _last(ops, {v.memory for v in rec.outputs}))]
-    own = lambda m: {id(p) for p in [*m._parameters.values(), *getattr(m, 'parametrizations', nn.Module()).parameters()]}
-    for m in model.modules(): _seen[m] = tuple(bool(own(m) & ids) for ids in both)
+    for m in model.modules(): _seen[m] = tuple(any(id(p) in ids for p in _own(m)) for ids in both)
     plain = lambda n: '.parametrizations.' not in f'.{n}'
     return Ends(*([n for n,m in model.named_modules() if _seen[m][i] and plain(n)] for i in range(2)))
 

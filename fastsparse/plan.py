@@ -71,9 +71,10 @@ class Count:
     def __post_init__(self):
         whole = isinstance(self.n, Integral) and not isinstance(self.n, bool)
         if not whole or self.n < 0:
-            fix = f"; did you mean Count({round(abs(self.n))})?" if isinstance(self.n, Real) and abs(self.n) >= 1 else ''
-            raise ValueError(f"{self!r}: the number of weights that shall be zero has to be a whole number, at least 0, "
-                             f"such as Count(1000){fix}")
+            near = isinstance(self.n, Real) and 1 <= abs(self.n) < math.inf
+            fix = f"; did you mean Count({round(abs(self.n))})?" if near else ''
+            raise ValueError(f"{self!r}: the number of weights that shall be zero has to be a whole number, "
+                             f"at least 0, such as Count(1000){fix}")
 
     def __repr__(self): return f'Count({self.n!r})'
 
@@ -84,7 +85,8 @@ class Count:
         "The percentages of layers that lose so many weights together, in proportion to their sizes"
         if self.n > sum(sizes):
             some = ', '.join(names[:5]) + (f' and {len(names)-5} more' if len(names) > 5 else '')
-            raise ValueError(f"{self} is more than there is: {some or 'the layers'} have {sum(sizes):,} weights together")
+            raise ValueError(f"{self} is more than there is: {some or 'the layers'} "
+                             f"have {sum(sizes):,} weights together")
         parts = apportion([self.n*k/sum(sizes) for k in sizes], [1]*len(sizes))
         return [100*p/k for p,k in zip(parts, sizes)]
 
@@ -152,7 +154,8 @@ def check_request(
 
 def _check_pattern(sparsity, nm, method, round_to):
     if hasattr(method, 'most'):
-        raise ValueError(f"{method} does not go with {nm}, which makes {nm.percent:g} % of every layer zero; leave it out")
+        raise ValueError(f"{method} does not go with {nm}, which makes {nm.percent:g} % of every layer zero; "
+                         "leave it out")
     if round_to is not None:
         raise ValueError(f"round_to={round_to} does not go with {nm}, which keeps {nm.n} of every {nm.m} weights; "
                          "leave it out")
@@ -235,8 +238,8 @@ class Plan:
     end:dict[str,float] # Percent of zeros that are asked for
     round_to:int|None=None # What remains of a layer is a multiple of this many groups
     cost:'Cost|None'=None # What is asked for instead; `end` is as far as it may go then
-    apart:dict[str,int]=field(default_factory=dict) # The ranking that a target is part of; by `end` where it is not said
-    most:dict[str,float]=field(default_factory=dict) # Weights that a target loses at most; no bound where it is not said
+    apart:dict[str,int]=field(default_factory=dict) # The ranking that a target is part of; if not said, by `end`
+    most:dict[str,float]=field(default_factory=dict) # Weights that a target loses at most; if not said, all
 
     def rankings(self) -> list[list[str]]:
         "The targets that are asked for something together"

@@ -134,7 +134,8 @@ class Sparsifier(MaskHolder):
         model = getattr(model, '_orig_mod', model) # a compiled model shares everything with the original
         self.model,self.granularity = model,as_granularity(granularity)
         self.method,self.criteria = as_method(method),as_criterion(criteria)
-        if isinstance(self.granularity, NM) and not hasattr(self.method, 'most'): self.method = local # nothing to share out
+        if isinstance(self.granularity, NM) and not hasattr(self.method, 'most'):
+            self.method = local # the same pattern everywhere: nothing to share out
         _see_ends(model, example_input, layers, exclude)
         rows = getattr(self.method, 'rows', None)
         laid_out = rows(self.granularity) if rows else self.granularity
