@@ -243,9 +243,16 @@ def _keep_rows(rows, k):
         keep[:,j] = sum(_before(other, c, i < j) for i,other in enumerate(columns) if i != j) >= k
     return keep
 
+def _kth_lowest(rows, k): # of each row; rows of at least 32 bits
+    if rows.device.type != 'cpu': return rows.kthvalue(k, dim=1, keepdim=True).values
+    return torch.from_numpy(np.partition(rows.numpy(), k-1, axis=1)[:,k-1:k])
+
 def _keep_long_rows(rows, k):
-    keep,few = torch.ones(rows.shape, dtype=torch.bool, device=rows.device),2**22//rows.shape[-1] + 1
-    for s,kept in zip(rows.split(few), keep.split(few)): kept.scatter_(1, s.argsort(dim=1, stable=True)[:,:k], False)
+    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    keep = rows > _kth_lowest(rows, k)
+    for i in (keep.sum(1) < rows.shape[-1] - k).nonzero()[:,0].split(2**20//rows.shape[-1] + 1): # too many are gone
+        order = rows[i].argsort(dim=1, stable=True)
+        keep[i] = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:,:k], False)
     return keep
 
 # %% ../nbs/02_mask.ipynb #2623d1ac

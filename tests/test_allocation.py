@@ -211,6 +211,10 @@ def test_what_cannot_be_reached_is_told_with_the_numbers(told):
     assert len(told) == 1 and 'asked for 90 % zeros, got 50 % (384 weights, not 691): the bounds of the method leave no more than 384' in str(told[0].message)
 
 
+def test_who_makes_up_for_a_bound_is_not_emptied():
+    assert pruned(90, Bounded('local', {'0': 50})) == pruned(90, Bounded('global', {'0': 50})) == {'0': 108, '2': 431, '6': 119}
+
+
 def test_a_bound_holds_at_a_hundred_percent_too():
     assert pruned(100, Bounded('global', 75)) == pruned(100, Bounded('local', 75)) == {'0': 162, '2': 324, '6': 90}
 
@@ -399,6 +403,14 @@ def test_owl_goes_with_any_criterion_and_nothing_returns_on_the_way():
             with torch.no_grad(): [q.add_(torch.randn_like(q)*q.abs()) for q in s.model.parameters()]
             s.apply_masks()
         assert sum(lost(s.model).values()) == round(.9*total)
+
+
+def test_weights_come_back_where_the_total_of_owl_falls():
+    s = Sparsifier(net(tails=True), method='owl')
+    plan = s.plan(80)
+    s.advance(plan, 1)
+    s.advance(plan, .5)
+    assert s.planned() == pytest.approx(40, abs=.1) # they come back at zero, and free
 
 
 @pytest.mark.parametrize('bad,what', [(dict(M=-1), 'M=-1 has to be'), (dict(M='5'), 'M='), (dict(spread=200), 'from 0 to 100'), (dict(spread=True), 'spread=True'),
