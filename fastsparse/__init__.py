@@ -3,10 +3,12 @@ __version__ = "0.1.0"
 from .granularity import NM, Coupled, Granularity, available_granularities, register_layer
 from .patterns import Block, has_pattern, pattern_breaks
 from .criteria import *
-from .method import available_methods
+from .method import Owl, available_methods
 from .schedule import *
 from .report import SparsityReport, sparsity_report
-from .plan import MACs, Params, SparsityWarning, erk
+from .plan import Count, MACs, Params, SparsityWarning, erk
+from .allocation import Bounded, uniform
+from .ends import ends, first_layer, last_layer
 from .sparsifier import Sparsifier
 from .plans import PlanSparsifier
 from .plot import *

@@ -28,12 +28,13 @@ from .mask import MaskHolder, ZeroHolder
 from .method import as_method, global_, local
 from .schedule import as_schedule, taper
 from .select import by_reason, check_selector, select_tensors
-from .plan import Cost, check_options, check_request, hint_percent, warn
+from .plan import Cost, Count, check_options, check_request, hint_percent, warn
 from .plan import SparsityWarning
 from .sparsifier import Sparsifier, check_model, reached
 from .plans import PlanSparsifier, check_parts, divide, is_plan, make_parts, plan_lines
 from .lottery import Snapshot, save_ticket
 from .learner import first_inputs
+from .ends import asks_for_ends, ends, knows_ends, see_ends
 from .report import DryRun, SparsityReport
 from .watch import map_tensors
 from .files import SavedFile, save_sparse as save_state
@@ -226,10 +227,11 @@ class SparsifyCallback(HoldingCallback):
 
     @check_options
     def __init__(self,
-        sparsity:float|dict|Cost, # Percent of the targets' weights that shall be zero, or {selector: percent}; with
-                                  # 'coupled' `MACs(percent)` or `Params(percent)`; or {selector: dict of settings}
+        sparsity:float|Count|dict|Cost, # Percent of the targets' weights that shall be zero, or `Count(weights)`, or
+                                  # {selector: percent}; with 'coupled' `MACs(percent)` or `Params(percent)`;
+                                  # or {selector: dict of settings}
         granularity='weight', # A name, such as 'filter', 'output' or 'coupled', a pattern such as '2:4', or an object
-        method='global', # 'local', 'global', or a function as in `fastsparse.method`
+        method='global', # 'local', 'global', 'per_output', 'owl', `Bounded`, or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
         *,
@@ -336,9 +338,14 @@ def before_fit(self:SparsifyCallback):
     begun = self._made_for_fit is not None or self._holder is not None
     if begun: self._add_column() # again too: the Recorder forgets it in a validation
 
+def _see_ends(learn, *selectors): # what is first and last in the data flow, where somebody asks for it
+    model = get_model(learn.model)
+    if asks_for_ends(*selectors) and not knows_ends(model): ends(model, first_inputs(learn))
+
 @patch
 def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
+    _see_ends(self.learn, self.layers, self.exclude, self.sparsity)
     sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
                             self.layers, self.exclude, trainable_only=not self._waits, example_input=...)
     self._check_alone(sparsifier)
@@ -497,7 +504,7 @@ def after_train(self:SparsifyCallback): # epochs can be cut short in ways that n
     if self._active and not self._waits and self._plan and self._epoch == self.n_epoch-1: self._go_to(1.)
 
 # %% ../nbs/12_callback.ipynb #3a27b7ef
-def _text(sparsity): return str(sparsity) if isinstance(sparsity, Cost) else f'{sparsity} %'
+def _text(sparsity): return str(sparsity) if isinstance(sparsity, (Cost,Count)) else f'{sparsity} %'
 
 @patch
 def after_fit(self:SparsifyCallback):
@@ -589,6 +596,7 @@ class PlanCallback(SparsifyCallback):
         "Let all parts run `event_name`"
         if getattr(self, 'learn', None) is None: return
         if event_name == 'before_fit' and not self.lock.locked() and not hasattr(self.learn, 'lr_finder'):
+            _see_ends(self.learn, self.exclude, self.sparsity)
             self.parts,self.order = self._trainable(self.divide(get_model(self.learn.model))),HoldingCallback.order
             self._new = True
         for part in self.parts:
@@ -678,7 +686,8 @@ def load_state_dict(self:PlanCallback,
 
 @patch
 def _dry(self:PlanCallback, model, example):
-    division = divide(model := check_model(model), self.plan, self.exclude)
+    see_ends(model := check_model(model), example, self.exclude, self.sparsity)
+    division = divide(model, self.plan, self.exclude)
     made = PlanSparsifier.of(model, division, make_parts(model, division, example))
     return made,made.dry_run()
 

@@ -193,6 +193,7 @@ def prune_state(
     "Make the smallest weights of a state dict zero"
     try: check_sparsity(sparsity); method = as_method(method)
     except ValueError as e: raise UsageError(str(e)) from e
+    if getattr(method, 'rows', None): raise UsageError("'per_output' needs to know the layers; a Sparsifier does")
     found = _targets(state, exclude)
     targets = [t.detach().clone() for t in found.values()]
     n,scores = [t.numel() for t in targets],_Magnitudes(targets)

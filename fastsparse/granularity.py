@@ -6,8 +6,8 @@ Docs: https://fastsparse.github.io/fastsparse/granularity.html.md"""
 
 # %% auto #0
 __all__ = ['LayerType', 'register_layer', 'is_registered', 'made_of', 'layer_type', 'prunable_params', 'available_granularities',
-           'Groups', 'Granularity', 'did_you_mean', 'NMGroups', 'NM', 'Undivided', 'Coupled', 'Outputs',
-           'as_granularity', 'output_groups']
+           'Groups', 'Granularity', 'did_you_mean', 'NMGroups', 'NM', 'Undivided', 'Coupled', 'Outputs', 'OutputRows',
+           'PerOutput', 'as_granularity', 'output_groups']
 
 # %% ../nbs/00_granularity.ipynb #ecc977bb
 import difflib, math, re
@@ -255,25 +255,29 @@ def by_output(self:Groups) -> bool:
     return self.rows == 1 and 'out' in self.keep and self.n > self._size('out', 'group')
 
 # %% ../nbs/00_granularity.ipynb #0c75e853
-@patch(as_prop=True)
-def _first(self:Groups): # axes that count outputs, and where they go
-    at = [i for i,a in enumerate(self.axes) if a in ('group','out')]
+_outputs = ('group','out')
+
+@patch
+def _first(self:Groups, names): # axes that count outputs, and where they go
+    at = [i for i,a in enumerate(self.axes) if a in names]
     return at,list(range(len(at)))
 
 @patch
 def to_outputs(self:Groups,
     t:torch.Tensor, # One number a group, of shape (1, n)
+    names=_outputs, # The axes that count outputs, all of them kept
 ) -> torch.Tensor: # The same, of shape (outputs, groups of each)
-    "Put the groups of each output into a row of their own; only where `by_output`"
-    return t.view(self._kept).movedim(*self._first).reshape(self._size('out', 'group'), -1)
+    "Put the groups of each output into a row of their own"
+    return t.view(self._kept).movedim(*self._first(names)).reshape(self._size(*names), -1)
 
 @patch
 def from_outputs(self:Groups,
     t:torch.Tensor, # One number a group, of shape (outputs, groups of each)
+    names=_outputs, # As for `to_outputs`
 ) -> torch.Tensor: # The same, of shape (1, n)
     "The way back from `to_outputs`"
-    moved = torch.empty(self._kept, device='meta').movedim(*self._first).shape
-    return t.view(moved).movedim(*reversed(self._first)).reshape(1, -1)
+    moved = torch.empty(self._kept, device='meta').movedim(*self._first(names)).shape
+    return t.view(moved).movedim(*reversed(self._first(names))).reshape(1, -1)
 
 # %% ../nbs/00_granularity.ipynb #d0e24cf3
 @patch(as_prop=True)
@@ -507,6 +511,65 @@ class Outputs:
         return _groups(layer, param, known, keep, self.reduce)
 
     def __str__(self): return 'output'
+
+# %% ../nbs/00_granularity.ipynb #86e3eb8a
+@dataclass(frozen=True)
+class OutputRows:
+    "Groups that compete with those of the same output only"
+    inner:Groups # The groups
+    names:frozenset # The axes that count outputs
+
+    @property
+    def rows(self): return self.inner._size(*self.names)
+    @property
+    def n(self): return self.inner.n//self.rows
+    @property
+    def size(self): return self.inner.size
+    @property
+    def step(self): return self.rows*self.size
+
+    def scores(self, scores): return self.inner.to_outputs(self.inner.scores(scores), self.names)
+    def alive(self, mask): return self.inner.to_outputs(self.inner.alive(mask), self.names)
+    def expand(self, kept): return self.inner.expand(self.inner.from_outputs(kept, self.names))
+
+# %% ../nbs/00_granularity.ipynb #d11fe0c9
+@dataclass(frozen=True)
+class PerOutput:
+    "Another granularity, in which the groups of each output compete among themselves"
+    of:object # A granularity object whose groups are parts of outputs, such as weights or kernels
+
+    def __post_init__(self):
+        if not _splits_outputs(self.of):
+            raise ValueError(f"{self.of} never splits an output into several groups, so there is nothing to share out "
+                             "inside of each; use granularity='weight', 'kernel' or 'column', or method='local'")
+
+    def groups(self,
+        layer:nn.Module, # A layer of a registered type
+        param:str='weight', # The name of its parameter
+    ) -> OutputRows: # A row for each output
+        "The groups of `layer` by outputs; a ValueError if outputs are not made of several of them"
+        g = self.of.groups(layer) if param == 'weight' else self.of.groups(layer, param)
+        known = layer_type(layer, param)
+        keep = _output_keep(known) if known and isinstance(g, Groups) else None
+        names = keep and _groups(layer, param, known, keep).keep & set(g.axes)
+        if not names or not names <= g.keep or g.n == g._size(*names):
+            raise ValueError(f"{self.of} of {_cls_name(layer)} does not split outputs into several groups, "
+                             "so there is nothing to share out inside of each")
+        return OutputRows(g, names)
+
+    def __str__(self): return str(self.of)
+
+# %% ../nbs/00_granularity.ipynb #32ba0cc7
+def _output_keep(known): # the axes that a filter of a convolution, or a row of a matrix, keeps
+    rows = known.granularities.get('filter') or known.granularities.get('row')
+    return rows or ('out' if 'out' in known.all_axes else None)
+
+def _splits_outputs(granularity): # in some type of layer; of objects of another kind only the layer tells
+    if isinstance(granularity, (Outputs, Coupled)): return False
+    if not isinstance(granularity, Granularity): return True
+    types = [t for known in _layer_types.values() for t in known.values() if granularity.name in t.granularities]
+    more = lambda t, keep: set(keep.split()) < set(t.granularities[granularity.name].split())
+    return any(more(t, keep) for t in types if (keep := _output_keep(t)))
 
 # %% ../nbs/00_granularity.ipynb #c34f918d
 _models = {'output': Outputs, 'coupled': Coupled}

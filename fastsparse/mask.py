@@ -252,10 +252,23 @@ def _before(a, b, first): return (torch.le if first else torch.lt)(a, b, out=tor
 
 def _keep_rows(rows, k):
     if k in (0, rows.shape[-1]): return torch.full(rows.shape, k == 0, dtype=torch.bool, device=rows.device)
+    if rows.shape[-1] > 16: return _keep_long_rows(rows, k)
     keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
     columns = [c.contiguous() for c in rows.unbind(-1)]
     for j,c in enumerate(columns):
         keep[:,j] = sum(_before(other, c, i < j) for i,other in enumerate(columns) if i != j) >= k
+    return keep
+
+def _kth_lowest(rows, k): # of each row; rows of at least 32 bits
+    if rows.device.type != 'cpu': return rows.kthvalue(k, dim=1, keepdim=True).values
+    return torch.from_numpy(np.partition(rows.numpy(), k-1, axis=1)[:,k-1:k])
+
+def _keep_long_rows(rows, k):
+    rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    keep = rows > _kth_lowest(rows, k)
+    for i in (keep.sum(1) < rows.shape[-1] - k).nonzero()[:,0].split(2**20//rows.shape[-1] + 1): # too many are gone
+        order = rows[i].argsort(dim=1, stable=True)
+        keep[i] = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:,:k], False)
     return keep
 
 # %% ../nbs/02_mask.ipynb #2623d1ac

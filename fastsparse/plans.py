@@ -22,8 +22,9 @@ from .method import as_method
 from .schedule import as_schedule, taper
 from .select import Target, check_selector, find_targets, places, select_tensors, selector_name
 from .select import tensor_id
-from .plan import Plan, SparsityWarning, check_options, check_request, hint_percent
+from .plan import Count, Plan, SparsityWarning, check_options, check_request, hint_percent
 from .report import DryRun, PlannedLayer, SparsityReport, sparsity_report
+from .ends import see_ends
 from .sparsifier import Sparsifier, check_model, dense_notes, dry_run_of, part_note, reached
 
 # %% ../nbs/09a_plans.ipynb #6e28c2f4
@@ -125,7 +126,8 @@ def _without(d, ids): return {k: v for k,v in d.items() if k not in ids}
 def _parts(model, owned): # equal settings are one part; the layer that was meant names the tensor
     parts,names = [],{id(m): n for n,m in model.named_modules()}
     for t,settings in owned:
-        part = next((ns for s,ns in parts if s == settings), None)
+        apart = isinstance(settings['sparsity'], Count) # so many weights for each line
+        part = next((ns for s,ns in parts if s is settings or s == settings and not apart), None)
         if part is None: parts.append((settings, part := []))
         part.append(f'{names[id(t.layer)]}.{t.param}'.lstrip('.'))
     return parts
@@ -153,6 +155,7 @@ class PlanSparsifier(MaskHolder):
     ):
         defaults = dict(granularity=granularity, method=method, criteria=criteria, schedule=schedule, round_to=round_to)
         lines,model = plan_lines(plan, check_settings, **defaults),check_model(model)
+        see_ends(model, example_input, plan, exclude)
         division = divide(model, lines, exclude)
         self._hold(model, division, make_parts(model, division, example_input))
 

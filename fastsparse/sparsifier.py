@@ -21,10 +21,11 @@ from .granularity import NM, Coupled, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
 from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, one_thread
 from .mask import keep_evenly, keep_mask, spread
-from .method import allocate, as_method, floors, global_, local
+from .method import allocate, apportion, as_method, floors, local, settle
 from .select import by_reason, find_targets, places, select_tensors, selector_name, tensor_id
-from .plan import Cost, Plan, asked_and_got, check_options, check_request, difference, hint_percent, warn
-from .plan import SparsityWarning
+from .plan import Cost, Count, Plan, asked_and_got, check_options, check_request, difference, hint_percent
+from .plan import SparsityWarning, warn
+from .ends import see_ends
 from .dependants import Dependants, dependants, native_forward
 from .coupled import coupled_units
 from .compact import uncuttable
@@ -132,7 +133,7 @@ class Sparsifier(MaskHolder):
     def __init__(self,
         model:nn.Module, # Any PyTorch model; changed only by the zeros written into its tensors
         granularity='weight', # A name, such as 'filter', 'output' or 'coupled', a pattern such as '2:4', or an object
-        method='global', # 'local', 'global', or a function as in `fastsparse.method`
+        method='global', # 'local', 'global', 'per_output', 'owl', `Bounded`, or a function as in `fastsparse.method`
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
         layers=None, # Selector of the layers to prune, see `select_layers`; None for all that have the granularity
         exclude=None, # Selector of layers to leave dense, with all their tensors
@@ -141,8 +142,12 @@ class Sparsifier(MaskHolder):
     ):
         self.model,self.granularity = (model := check_model(model)),as_granularity(granularity)
         self.method,self.criteria = as_method(method),as_criterion(criteria)
-        if isinstance(self.granularity, NM): self.method = local # the same pattern everywhere: nothing to share out
-        targets,self.left_dense = find_targets(model, self.granularity, layers, exclude)
+        if isinstance(self.granularity, NM) and not hasattr(self.method, 'most'):
+            self.method = local # the same pattern everywhere: nothing to share out
+        see_ends(model, example_input, layers, exclude)
+        rows = getattr(self.method, 'rows', None)
+        laid_out = rows(self.granularity) if rows else self.granularity
+        targets,self.left_dense = find_targets(model, laid_out, layers, exclude)
         self.targets = {t.name: t for t in targets}
         self.frozen = {t.name for t in targets if trainable_only and not t.parameter.requires_grad}
         if len(self.frozen) == len(targets):
@@ -189,6 +194,7 @@ def watch(self:Sparsifier,
     example_input, # What the model takes: a tensor, tuple or dict; a few samples suffice
 ):
     "See in one forward, instead of in the code, what goes with whole outputs, and which of them the model returns"
+    see_ends(self.model, example_input)
     if self._coupled is not None: return self._couple(example_input)
     found = self._dependants(example_input)
     if found.untraced is None: self._take(found)
@@ -297,9 +303,12 @@ def _drop_found(self:Sparsifier, end, method): # asked for less than is zero: on
     parts = {n: [t.name for t in self.units[n].parts] for n in end}
     for n,ts in parts.items():
         known = all(t in self._before for t in ts)
-        if known and less([n] if method is local else end): self.masks |= {t: self._before[t] for t in ts}
+        if known and less([n] if _own(method) else end): self.masks |= {t: self._before[t] for t in ts}
     self._before = {t: m for t,m in self._before.items() if not any(t in ts for ts in parts.values())}
     self._update_followers(returning=False)
+
+
+def _own(method): return getattr(method, 'own', False) # whether every layer has a target of its own
 
 # %% ../nbs/09_sparsifier.ipynb #4e4cb91c
 @patch
@@ -376,7 +385,7 @@ def _layers_now(self:Sparsifier): # layer and parameter name of the targets, by 
 @check_options
 def prune_layer(self:Sparsifier,
     layer:str|nn.Module, # A layer or its name
-    sparsity:float, # Percent of its weights that shall be zero
+    sparsity:float|Count, # Percent of its weights that shall be zero, or their `Count`
     round_to:int|None=None, # What remains is a multiple of this many groups, at least as many
 ):
     "Prune one layer to `sparsity` percent, and no other but those that its outputs are coupled with"
@@ -403,8 +412,8 @@ def _no_layer(self:Sparsifier, layer):
 @patch
 @check_options
 def prune_model(self:Sparsifier,
-    sparsity:float|dict|Cost, # Percent of the targets' weights that shall be zero; with 'local' {selector: percent};
-                              # with 'coupled' `MACs(percent)` or `Params(percent)`
+    sparsity:float|Count|dict|Cost, # Percent of the targets' weights that shall be zero, or their `Count`;
+                              # {selector: either}; with 'coupled' `MACs(percent)` or `Params(percent)`
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
 ):
     "Prune all targets to `sparsity` percent"
@@ -413,7 +422,7 @@ def prune_model(self:Sparsifier,
 # %% ../nbs/09_sparsifier.ipynb #042ab47c
 @patch
 def plan(self:Sparsifier,
-    sparsity:float|dict|Cost, # Percent, with 'local' a dict {layer selector: percent}, with 'coupled' a `Cost`
+    sparsity:float|Count|dict|Cost, # Percent, `Count`, a dict {layer selector: either}, with 'coupled' a `Cost`
     round_to:int|None=None, # What remains of each layer is a multiple of this many groups
 ) -> Plan: # To be carried out by `advance`
     "From the zeros that are there now to `sparsity`"
@@ -425,19 +434,21 @@ def _plan(self:Sparsifier, sparsity, round_to, units, method):
     self._check_known()
     self._check_current([t for u in units for t in u.parts])
     cost = sparsity if isinstance(sparsity, Cost) else None
-    if isinstance(sparsity, dict): end = self._each(sparsity, units)
-    else: end = dict.fromkeys((u.name for u in units), 100. if cost else float(sparsity))
+    if isinstance(sparsity, dict): asked = self._each(sparsity, units)
+    else: asked = dict.fromkeys((u.name for u in units), (0, 100. if cost else sparsity))
+    end,apart = self._percents(asked)
     if isinstance(self.granularity, NM): # 66.67 means two of three
         end = {n: self.granularity.percent if p else 0. for n,p in end.items()}
-    asked = [self.units[n] for n,p in end.items() if p]
-    small = [f'{u.layer_name} ({u.groups.n})' for u in asked if u.groups.n < _bundle(u, round_to)]
+    some = [self.units[n] for n,p in end.items() if p]
+    small = [f'{u.layer_name} ({u.groups.n})' for u in some if u.groups.n < _bundle(u, round_to)]
     if small:
         raise ValueError(f"round_to={round_to} is larger than these layers (groups): {', '.join(small)}; "
                          "use a smaller one, or leave them out with exclude=")
     if self._before.keys() & end.keys(): self._drop_found(end, method)
     self._forget_untrue(end, method)
     start = {n: self._percent(self.units[n]) for n in end}
-    return Plan(self._within(start, end, method), end, round_to, cost)
+    most = method.most(self.model, [self.units[n] for n in end]) if hasattr(method, 'most') else {}
+    return Plan(self._within(start, end, method), end, round_to, cost, apart, most)
 
 @patch
 def _check_known(self:Sparsifier):
@@ -450,25 +461,36 @@ def _bundle(u, round_to): # how many groups it takes for each part to lose a mul
 # %% ../nbs/09_sparsifier.ipynb #30524eb3
 @patch
 def _each(self:Sparsifier, sparsity, units):
-    percents = {}
-    for selector,percent in sparsity.items():
+    asked = {}
+    for i,(selector,value) in enumerate(sparsity.items()):
         meant = select_tensors(self.model, selector, 'sparsity key')
         ids = {p.id for p in meant}
-        percent = None if percent is None else float(percent)
-        found = {u.name: percent for u in units if any(tensor_id(t.layer, t.param) in ids for t in u.parts)}
+        found = {u.name: (i, value) for u in units if any(tensor_id(t.layer, t.param) in ids for t in u.parts)}
         if not found:
             reasons = by_reason({p.label: self.left_dense[p.label] for p in meant if p.label in self.left_dense})
             why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
             known = ', '.join(u.layer_name for u in units)
             raise ValueError(f"sparsity key {selector!r} means none of the layers to prune"
                              f"{f' ({why})' if why else ''}, which are {known}")
-        percents |= found
-    return {n: p for n,p in percents.items() if p is not None}
+        asked |= found
+    return {n: (i, v) for n,(i,v) in asked.items() if v is not None}
+
+@patch
+def _percents(self:Sparsifier, asked): # percent of each unit, and what is apart: the rankings of a `Count`
+    together = {}
+    for n,(i,v) in asked.items(): together.setdefault((i, v) if isinstance(v, Count) else float(v), []).append(n)
+    percents,apart = {},{}
+    for k,(of,names) in enumerate(together.items()):
+        if not isinstance(of, tuple): percents |= dict.fromkeys(names, of); continue
+        us = [self.units[n] for n in names]
+        percents |= dict(zip(names, of[1].percents([u.size for u in us], [u.layer_name for u in us])))
+        apart |= dict.fromkeys(names, k)
+    return {n: percents[n] for n in asked},apart
 
 # %% ../nbs/09_sparsifier.ipynb #cc455192
 @patch
 def _within(self:Sparsifier, start, end, method): # zeros that were taken over are held up to what is asked for
-    if method is local: return {n: min(p, end[n]) if n in self._found else p for n,p in start.items()}
+    if _own(method): return {n: min(p, end[n]) if n in self._found else p for n,p in start.items()}
     weights = lambda percents, names: sum(percents[n]*self.units[n].size for n in names)
     found,asked = weights(start, end.keys() & self._found),weights(end, end)
     pruned = weights(start, end.keys() - self._found)
@@ -483,7 +505,7 @@ def _forget_untrue(self:Sparsifier, end, method):
     if not untrue: return
     there = {n: self._percent(self.units[n]) for n in end}
     in_all = lambda percents: sum(p*self.units[n].size for n,p in percents.items())
-    less = [u for u in untrue if (end[u.name] < there[u.name] if method is local else in_all(end) < in_all(there))]
+    less = [u for u in untrue if (end[u.name] < there[u.name] if _own(method) else in_all(end) < in_all(there))]
     for u in less:
         alive = u.alive(lambda t: self._mask_now(t) | t.weight.bool())
         self.masks |= {n: self._like(self.targets[n], m) for n,m in u.masks(alive, self._mask_now).items()}
@@ -538,19 +560,23 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
 def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     "Groups that each unit loses; the units that are down to the floor; those of them that are for their low scores"
     if plan.cost: return self._meet(plan, progress, method, scores, n, step)
-    if method is global_ and len(set(plan.end.values())) > 1: return self._by_percent(plan, progress, scores, n, step)
+    ranks,own = getattr(method, 'ranks', False),_own(method)
+    if ranks and len(plan.rankings()) > 1: return self._by_ranking(plan, progress, method, scores, n, step)
     targets = scores.layers
     sizes = {t.name: t.size for t in targets}
-    wanted,there = plan.wanted(progress, sizes, together=method is not local),[self._lost_of[t.name] for t in targets]
-    if method is not local and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow
-    many = method is global_ and len(n) > 1 and not self._whole_layers and any(wanted)
+    wanted,there = plan.wanted(progress, sizes, together=not own),[self._lost_of[t.name] for t in targets]
+    if not own and 0 <= sum(there) - sum(wanted) <= max(step)/2: wanted = there # as near as groups allow
+    bound = _bounds(plan, targets, n, step, there)
+    least = [max(b, 0 if self._whole_layers or plan.end[t.name] >= 100 else 1) for b,t in zip(bound, targets)]
+    wanted = _within_bounds(plan, wanted, least, n, step, own)
+    many = ranks and len(n) > 1 and not self._whole_layers and any(wanted)
     rank = any(wanted) and (many or progress < 1)
     level = [scores.level(i) if rank else False for i in range(len(n))]
     waits = [progress < 1 and l and not g and n_ > 1 for l,g,n_ in zip(level, there, n)] # nothing has moved there
     rest = [0. if wait else w for w,wait in zip(wanted, waits)]
-    wanted = there if method is not local and sum(wanted) >= sum(there) > sum(rest) else rest # nothing returns for it
-    floor = [0 if self._whole_layers else 1]*len(n)
-    if many: floor = floors(n, step, [getattr(t.groups, 'channels', 0) for t in targets], level, sum(wanted))
+    wanted = there if not own and sum(wanted) >= sum(there) > sum(rest) else rest # nothing returns for it
+    floor = [max(0 if self._whole_layers else 1, b) for b in bound]
+    if many: floor = floors(n, step, [getattr(t.groups, 'channels', 0) for t in targets], level, sum(wanted), bound)
     gone = [g//s for g,s in zip(there, step)]
     most = [n_ if t.name in self._found else n_-g for t,n_,g in zip(targets, n, gone)] # that can be asked to stay
     least = [n_ if wait else min(f, m) for wait,n_,f,m in zip(waits, n, floor, most)]
@@ -559,17 +585,33 @@ def _share_out(self:Sparsifier, plan, progress, method, scores, n, step):
     lost = allocate(method, scores, n, step, wanted, had, each, least)
     if not many: return lost,set(),set()
     floor = [max(f//r, 1)*r for f,r in zip(floor, each)]
-    squeezed = {i for i,k in enumerate(lost) if n[i]-k == floor[i] and not level[i]}
+    squeezed = {i for i,k in enumerate(lost) if n[i]-k == floor[i] > bound[i] and not level[i]}
     return lost,set() if plan.round_to else squeezed | {i for i,l in enumerate(level) if l},squeezed
 
 # %% ../nbs/09_sparsifier.ipynb #0f7b9db7
+def _bounds(plan, targets, n, step, there): # groups of each target that have to stay
+    most = [plan.most.get(t.name, t.size) for t in targets]
+    return [n_ - max(math.floor(m/s + 1e-9), math.ceil(g/s)) for m,n_,s,g in zip(most, n, step, there)]
+
+def _within_bounds(plan, wanted, least, n, step, whole): # what some may not lose is asked of those ranked with them
+    if not plan.most: return wanted
+    high,at = [max(n_-f, 0)*s for n_,f,s in zip(n, least, step)],{name: i for i,name in enumerate(plan.end)}
+    for names in plan.rankings():
+        ours = [at[name] for name in names]
+        mine = [wanted[i] for i in ours]
+        mine = settle(mine, [0]*len(ours), [high[i] for i in ours], sum(mine))
+        if whole: mine = [k*step[i] for i,k in zip(ours, apportion(mine, [step[i] for i in ours]))] # the sum is exact
+        for i,w in zip(ours, mine): wanted[i] = w
+    return wanted
+
+# %% ../nbs/09_sparsifier.ipynb #68835c6e
 @patch
-def _by_percent(self:Sparsifier, plan, progress, scores, n, step):
+def _by_ranking(self:Sparsifier, plan, progress, method, scores, n, step):
     lost,held,squeezed = [0]*len(n),set(),set()
-    for percent in dict.fromkeys(plan.end.values()):
-        at = [i for i,u in enumerate(scores.layers) if plan.end[u.name] == percent]
-        part = replace(plan, end={scores.layers[i].name: percent for i in at})
-        found = self._share_out(part, progress, global_, scores.part(at), [n[i] for i in at], [step[i] for i in at])
+    for names in plan.rankings():
+        at = [i for i,u in enumerate(scores.layers) if u.name in names]
+        part = replace(plan, end={scores.layers[i].name: plan.end[scores.layers[i].name] for i in at})
+        found = self._share_out(part, progress, method, scores.part(at), [n[i] for i in at], [step[i] for i in at])
         for i,k in zip(at, found[0]): lost[i] = k
         held |= {at[j] for j in found[1]}
         squeezed |= {at[j] for j in found[2]}
@@ -629,7 +671,9 @@ def _choose(scores, i, k, groups, held): # which groups a target keeps
 @patch
 def _tell(self:Sparsifier, plan, targets, got, method, bound, found, squeezed): # what did not come as it was asked for
     if plan.cost: said,matters = self._cost(plan)
-    else: said,matters = difference(plan, targets, got, method is not local, str(self.granularity), bound)
+    else:
+        together = bool(plan.most) or not _own(method)
+        said,matters = difference(plan, targets, got, together, str(self.granularity), bound)
     sizes,zeros = [t.size for t in targets],sum(_zeros(t.weight) for u in targets for t in u.parts) if found else 0
     if plan.cost: zeros = 0
     if zeros - sum(got) > .01*sum(sizes) and not matters: # taken over, or never moved

@@ -188,9 +188,10 @@ def _values(x):
 # %% ../nbs/06a_watch.ipynb #3aa71c10
 class _Recorder(TorchDispatchMode):
     "Writes down every operation"
-    def __init__(self, named):
+    def __init__(self, named, one_way=True):
         super().__init__()
         self.ops,self.seen,self.alive,self.memory,self.where,self.decided = [],{},[],{},[''],None
+        self.one_way = one_way
         self.named = {name: self.value(t, name=name, tensor=t) for name,t in named.items()}
 
     def value(self, t, **kw):
@@ -204,7 +205,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         ins = map_tensors(self.value, (args, kwargs))
-        if self.decided and any(v.name for v in _values(ins)): raise _Decision(self.decided)
+        if self.decided and self.one_way and any(v.name for v in _values(ins)): raise _Decision(self.decided)
         out = func(*args, **kwargs)
         from_input = any(v.from_input for v in _values(ins))
         outs = [self.value(t, from_input=from_input) for t in tensors_in(out)]
@@ -292,6 +293,7 @@ def watch(
     model:nn.Module, # Any model that runs on the example
     example_input, # A tensor, a tuple of arguments, or a dict
     training:bool=False, # Watch it as it trains?
+    one_way:bool=True, # Refuse a model that decides by its input which parameters to use?
 ) -> Recording: # The operations of one forward
     "Write down what `model` does with `example_input`; the model is as it was afterwards"
     model = unwrap(model)
@@ -299,7 +301,7 @@ def watch(
     _check_example(model, example_input)
     example = plain(example_input)
     with undisturbed(model, training):
-        rec = _Recorder(named_tensors(model))
+        rec = _Recorder(named_tensors(model), one_way)
         inputs = [rec.value(t, from_input=True) for t in tensors_in(example)]
         try:
             with _whereabouts(model, rec.where), rec: out = call(model, example)

@@ -10,7 +10,8 @@ from fastai_helpers import fit, learner, net
 from torch import nn
 
 from fastsparse.callback import PlanCallback, SparsifyCallback
-from fastsparse.plan import MACs, Params, UnknownOption
+from fastsparse.ends import first_layer, last_layer
+from fastsparse.plan import Count, MACs, Params, UnknownOption
 from fastsparse.plans import PlanSparsifier
 from fastsparse.plot import plot_history, plot_schedule, plot_sparsity
 from fastsparse.sparsifier import Sparsifier, SparsityWarning
@@ -348,3 +349,15 @@ def test_history_of_one_and_of_several():
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['0.weight, 3.weight', '8.weight'] and [tuple(p) for p in ax.lines[3].get_xydata()] == many.parts[1].history
     assert plot_schedule('agp', sparsity=50).lines[0].get_ydata()[-1] == 50
     with pytest.raises(ValueError, match='schedule'): plot_schedule(3)
+
+
+def test_keys_of_a_plan_name_the_ends_of_the_flow_and_numbers_of_weights():
+    net,x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),torch.randn(2, 3, 8, 8)
+    plan = {'*': dict(sparsity=50), first_layer: None, last_layer: dict(sparsity=Count(20), method='per_output')}
+    with pytest.raises(ValueError, match='example_input='): PlanSparsifier(copy.deepcopy(net), plan)
+    run = SparsifyCallback(plan).dry_run(net, x)
+    assert [(l.key, l.zeros) for l in run.layers] == [('first_layer', 0), ('*', 576), ('last_layer', 20)]
+    s = PlanSparsifier(net, plan, example_input=x)
+    s.prune_model()
+    assert {n: int((~m).sum()) for n,m in s.masks.items()} == {'1.weight': 576, '4.weight': 20}
+    assert ((net[4].weight == 0).sum(1) == 2).all()
