@@ -33,7 +33,7 @@ from .plan import SparsityWarning
 from .sparsifier import Sparsifier, check_model, reached
 from .plans import PlanSparsifier, check_parts, divide, is_plan, make_parts, plan_lines
 from .lottery import Snapshot, save_ticket
-from .learner import first_inputs
+from .learner import first_inputs, is_gan, whole
 from .ends import asks_for_ends, ends, knows_ends, see_ends
 from .report import DryRun, SparsityReport
 from .watch import map_tensors
@@ -164,6 +164,8 @@ def _batches(learn):
     cut = min((cb.pct for cb in learn.cbs if isinstance(cb, ShortEpochCallback)), default=None)
     if cut is None: return learn.n_iter
     return next((i+1 for i in range(learn.n_iter) if i/learn.n_iter >= cut), learn.n_iter)
+
+def _takes_turns(learn): return hasattr(learn, 'gan_trainer') # what is frozen at the moment is trained in a moment
 
 def _frozen_phase(learn):
     "Whether this fit is the first half of a `fine_tune` whose other half will follow"
@@ -296,9 +298,9 @@ def dry_run(self:SparsifyCallback,
     "What a fit with this callback would come to, judged by the weights as they are now"
     alone = isinstance(learn, torch.nn.Module)
     example = first_inputs(learn) if example_input is None and not alone else example_input
-    made,run = self._dry(get_model(learn if alone else learn.model), example)
+    with whole(model := get_model(learn if alone else learn.model)): made,run = self._dry(model, example)
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
-    if not frozen: return run
+    if not frozen or _takes_turns(learn): return run
     names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')
     return replace(run, notes=(*run.notes, f'{names}: frozen now (requires_grad=False); a fit leaves these as is, '
                                            'until learn.unfreeze(), as the second half of fine_tune does.'))
@@ -340,14 +342,16 @@ def before_fit(self:SparsifyCallback):
 
 def _see_ends(learn, *selectors): # what is first and last in the data flow, where somebody asks for it
     model = get_model(learn.model)
-    if asks_for_ends(*selectors) and not knows_ends(model): ends(model, first_inputs(learn))
+    if not asks_for_ends(*selectors) or knows_ends(model): return
+    with whole(model): ends(model, first_inputs(learn))
 
 @patch
 def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
     _see_ends(self.learn, self.layers, self.exclude, self.sparsity)
     sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
-                            self.layers, self.exclude, trainable_only=not self._waits, example_input=...)
+                            self.layers, self.exclude, example_input=...,
+                            trainable_only=not (self._waits or _takes_turns(self.learn)))
     self._check_alone(sparsifier)
     if (self.lth or self.reset_end) and not self._waits: self._check_rewind()
     self._plan,self._start,self._resumed_at = None,{},None
@@ -464,11 +468,14 @@ def _go_to(self:SparsifyCallback, position):
 def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, and which of them the model returns
     self._unseen,s = False,self.sparsifier
     sample = lambda t: t[:2] if t.dim() else t
-    few = tuple(x[:2] if isinstance(x, list) else map_tensors(sample, x) for x in self.xb) # a list is one of samples
+    given = tuple(self.xb)
+    if is_gan(s.model): given = (*self.xb, *self.yb) if s.model.gen_mode else (*self.yb, *self.xb)
+    else: given = [x for x in given if not any(x is y for y in self.yb)] or given # no targets that a callback adds
+    few = tuple(x[:2] if isinstance(x, list) else map_tensors(sample, x) for x in given) # a list is one of samples
     waited = not s.units
-    with torch.autocast(next(s.model.parameters()).device.type, enabled=False):
+    with torch.autocast(next(s.model.parameters()).device.type, enabled=False), whole(s.model):
         try: s.watch(few)
-        except ValueError: s.watch(tuple(self.xb)) # not every batch can be cut
+        except ValueError: s.watch(tuple(given if is_gan(s.model) else self.xb)) # that cannot be cut, or needs targets
     if waited:
         self._set_out(s)
         self._begun()
@@ -629,7 +636,7 @@ def divide(self:PlanCallback,
 
 @patch
 def _trainable(self:PlanCallback, parts): # a part of which all is frozen waits for another fit
-    if _frozen_phase(self.learn): return parts
+    if _frozen_phase(self.learn) or _takes_turns(self.learn): return parts
     grad = lambda p: getattr(p.layer._parameters.get(p.param), 'requires_grad', False)
     model = check_model(get_model(self.learn.model))
     some = [part for part in parts if any(map(grad, select_tensors(model, part.layers)))] or parts

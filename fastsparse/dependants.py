@@ -227,7 +227,7 @@ def _biases(model, names, found): # a bias of a target follows it, wherever it i
 def _traced(model, names): # by symbols, without an example
     inner = model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
     flow = _Flow(inner, names)
-    return _biases(model, names, flow.found),flow.lost,flow.returned,flow.unclear
+    return _biases(model, names, flow.found),flow.lost,flow.returned,flow.unclear,()
 
 def _watched(model, names, layers, example): # as it trains, so that all that is trained is used, or else in eval mode
     try: rec = watch(model, example, training=True)
@@ -241,7 +241,8 @@ def _watched(model, names, layers, example): # as it trains, so that all that is
     used = {v for op in rec.ops for v in op.ins}
     unused = {outer[n] for n,v in rec.named.items() if v not in used}
     biases = {n: ways for n,ways in _biases(model, names, {}).items() if n in unused}
-    return biases | found,silence.lost,{target[n] for n in silence.returned()},[]
+    idle = [t for n,t in target.items() if outer[n] in unused]
+    return biases | found,silence.lost,{target[n] for n in silence.returned()},(),idle
 
 # %% ../nbs/06f_dependants.ipynb #592c1826
 @dataclass
@@ -252,6 +253,7 @@ class Dependants:
     untraced:str|None=None # Why the data flow could not be followed at all
     returned:frozenset=frozenset() # Targets whose outputs the model returns
     unclear:tuple=() # Layers of which the code does not tell what pruned channels become there
+    idle:tuple=() # Targets that the forward which was watched does not use
 
 def dependants(
     model:nn.Module, # Any model; it is as it was afterwards
@@ -259,17 +261,18 @@ def dependants(
     example_input=None, # What the model takes; with it, one forward is watched
 ) -> Dependants:
     "The biases of `layers`, what the norms and other tensors behind them take from them, and what is returned"
-    names,lost,returned,unclear,why = {id(l.weight): n for n,l in layers.items()},[],(),(),None
+    names,lost,returned,unclear,idle,why = {id(l.weight): n for n,l in layers.items()},[],(),(),(),None
     try:
         watched = example_input is not None
         seen = _watched(model, names, layers, example_input) if watched else _traced(model, names)
-        found,lost,returned,unclear = seen
+        found,lost,returned,unclear,idle = seen
     except Exception as e: # the user's forward is run: it can fail in any way, and then nothing is guessed
         found,why = _biases(model, names, {}),f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
     owners = {(f'{prefix}.{attr}' if prefix else attr): (m, attr) for prefix,m in model.named_modules()
               for attr,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]}
     followers = [_follower(name, *owners[name], ways) for name,ways in found.items() if name in owners]
-    return Dependants([f for f in followers if f is not None], lost, why, frozenset(returned), tuple(unclear))
+    followers = [f for f in followers if f is not None]
+    return Dependants(followers, lost, why, frozenset(returned), tuple(unclear), tuple(idle))
 
 def find_followers(
     model:nn.Module, # Any model; it is as it was afterwards

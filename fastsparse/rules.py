@@ -167,7 +167,8 @@ def computed(self:Reader, op, n): # known value of an operation place by place
     if not known or op.name in _random or all(bool(k.isnan().all()) for k in known.values()): return unknown(n)
     factors = op.args if op.name == 'mul' else op.args[:1] if op.name == 'div' else ()
     zero = reduce(operator.or_, (known[a] == 0 for a in factors if isinstance(a, Value)), torch.tensor(False))
-    try: K = _run(op, lambda v: known[v].clone().float())
+    shape = torch.broadcast_shapes(*(k.shape for k in known.values())) # what works in place does not make room
+    try: K = _run(op, lambda v: known[v].expand(shape).clone().float())
     except RuntimeError: return unknown(n)
     K = torch.where(reduce(operator.or_, (k.isnan() for k in known.values())), nan, K.float())
     return torch.where(zero, 0., K)

@@ -218,6 +218,8 @@ def changes_weight(
 def _try(twin, shape):
     w = twin._parameters['weight']
     w.view(-1)[torch.randperm(w.numel(), device=w.device)[:w.numel()//2]] = 0
+    for p in twin._parameters.values(): # a gain that starts at zero would hide everything
+        if p is not None and p is not w and not p.any(): p.fill_(1)
     x = torch.rand(shape, dtype=w.dtype, device=w.device)
     forward = vars(twin).get('forward', type(twin).forward)
     if isinstance(forward, MethodType): forward = forward.__func__

@@ -186,7 +186,7 @@ def _dependants(self:Sparsifier, example_input=None): # what goes with whole out
 @patch
 def _take(self:Sparsifier, found):
     self._followers,self._lost,self._unclear = found.followers,found.lost,found.unclear
-    self.untraced,self._returned = found.untraced,found.returned
+    self.untraced,self._returned,self._idle = found.untraced,found.returned,found.idle
 
 # %% ../nbs/09_sparsifier.ipynb #f991e4e3
 @patch
@@ -235,7 +235,7 @@ def _couple(self:Sparsifier, example_input):
     part = {t.name for u in units.values() for t in u.parts}
     held = {t.layer_name: stay.get(t.name) for t in self._candidates}
     self._check_units(units, held)
-    self._take(found)
+    self._take(replace(found, lost=[])) # that all of these are silent has been tried
     self._coupled,self._flow,self.targets = units,f,{t.name: t for t in self._candidates if t.name in part}
     names = {t.layer_name for t in self.targets.values()}
     self.left_dense = self._others | {n: next(iter(why)) for n,why in held.items() if n not in names}
@@ -728,7 +728,7 @@ def snapshot(self:Sparsifier) -> Callable: # Call it to go back
 
 Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense',
                      'masks','_found','_before','_memory','_following','_aside','_gone','_told',
-                     '_followers','_lost','_unclear','untraced','_returned') # all that pruning and watching change
+                     '_followers','_lost','_unclear','_idle','untraced','_returned') # all that pruning, watching change
 
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
     if isinstance(v, dict): return {k: _copied(x) for k,x in v.items()}
@@ -950,13 +950,14 @@ def part_note(
 def flow_notes(self:Sparsifier) -> list[str]:
     "What of the data flow behind pruned outputs is not known"
     some = lambda names: ', '.join(names[:5]) + ', ...'*(len(names) > 5)
-    returned = [t.layer_name for n,t in self.targets.items() if n in self._returned and self._gone.get(n)]
+    pruned = lambda some: [t.layer_name for n,t in self.targets.items() if n in some and self._gone.get(n)]
     unclear = self._unclear if any(self._gone.values()) else ()
     notes = {
         'what flows in could not be followed to its filters, so nothing is masked there.': self._lost,
         ('what becomes of pruned outputs there cannot be told from the code; '
          'pass example_input= to have one forward watched.'): unclear,
-        'what is pruned there is an output of the model (a class, say) that is always zero.': returned}
+        'what is pruned there is an output of the model (a class, say) that is always zero.': pruned(self._returned),
+        'the forward that was watched does not use them, so no BatchNorm follows there.': pruned(self._idle)}
     why = f'The data flow could not be traced, so no BatchNorm follows the pruned outputs ({self.untraced}).'
     return [f'{some(names)}: {note}' for note,names in notes.items() if names] + [why]*bool(self.untraced)
 
