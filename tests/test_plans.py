@@ -67,6 +67,7 @@ def test_later_keys_win_and_none_leaves_dense():
 def test_what_a_line_cannot_prune_stays_with_an_earlier_one():
     s = PlanSparsifier(mlp(), {'*': 75, nn.Linear: dict(sparsity=50, granularity='2:4')})
     assert {str(p.granularity): sorted(p.targets) for p in s.parts} == {'weight': ['5.weight'], '2:4': ['0.weight', '2.weight', '4.weight']} and not s.left_dense
+    assert [r.key for r in s.dry_run().layers] == ['Linear', 'Linear', 'Linear', '*']
     s = PlanSparsifier(mlp(), {nn.Linear: dict(sparsity=50, granularity='2:4')})
     assert s.left_dense == {'5': 'its 6 inputs do not divide into blocks of 4'}
     assert '5 is left dense: its 6 inputs do not divide into blocks of 4.' in s.report().notes and s.reach() == pytest.approx(100*480/552)
@@ -262,13 +263,20 @@ def told(cb, learn=None, epochs=1):
 
 @pytest.mark.parametrize('plan, little', [
     ({'0': dict(sparsity=50)}, '3, 8: no key means it'), ({'0': 50}, '3, 8: no key means it'), ({'0': dict(sparsity=50), '3': None}, '8: no key means it'), ({'0': dict(sparsity=50), '3': None, '8': None}, ''),
-    ({'0': 50, '3': None, '8': None}, ''), ({'3': dict(sparsity=50)}, ''), ({'3': 50}, ''), ({'0': 50, '8': 50, '3': 0}, ''), ({'0': dict(sparsity=50, granularity='filter')}, '3, 8: no key means it'),
+    ({'0': 50, '3': None, '8': None}, ''), ({'3': 50, '0': None, '8': None}, ''), ({'3': dict(sparsity=50)}, ''), ({'3': 50}, ''), ({'0': 50, '8': 50, '3': 0}, ''), ({'0': dict(sparsity=50, granularity='filter')}, '3, 8: no key means it'),
     ({'0': dict(sparsity=50, granularity='coupled', method='local')}, '3, 8: no key means it')])
 def test_a_plan_that_reaches_little_says_so_once(plan, little):
     cb = SparsifyCallback(plan)
     said = told(cb, epochs=2)
     assert len(said) == bool(little) and all(little in s and 'cb.sparsifier.left_dense has all' in s for s in said)
     assert not told(cb)
+
+
+def test_what_a_key_leaves_dense_is_no_lack_of_reach():
+    m = nn.Sequential(nn.Embedding(99, 8), nn.Linear(8, 8))
+    s = Sparsifier(m)
+    assert list(s.left_dense) == ['0'] and not s.asked({'1': 50, '0': None})[1] and list(s.asked({'1': 50})[1]) == ['0'] and s.reach() < 10
+    assert PlanSparsifier(m, {'1': 50, '0': None}).reach() == 100 and PlanSparsifier(m, {'1': 50}).reach() == s.reach()
 
 
 def test_a_part_of_a_model_that_is_frozen_is_no_lack_of_reach():
@@ -316,10 +324,10 @@ def test_whatever_has_a_report_can_be_drawn():
     learn, cb = learner(), SparsifyCallback({nn.Conv2d: dict(sparsity=50), nn.Linear: 25})
     with pytest.raises(RuntimeError, match='nothing has been sparsified yet'): plot_sparsity(cb)
     fit(learn, 1, cb)
-    s = Sparsifier(learn.model)
-    for what in (cb, cb.parts[0], cb.sparsifier, s, s.report(), learn.model, learn):
-        names = [t.get_text() for t in plot_sparsity(what).get_yticklabels()]
-        assert names == [r.name for r in (s.report() if what is learn or what is learn.model else getattr(what, 'report', None) or what).layers] if not callable(getattr(what, 'report', None)) else names
+    some = Sparsifier(learn.model, layers='3')
+    drawn = lambda what: [t.get_text() for t in plot_sparsity(what).get_yticklabels()] # noqa: E731
+    assert drawn(some) == drawn(some.report()) == ['3'] and drawn(cb.parts[0]) == ['0', '3']
+    for whole in (cb, cb.sparsifier, cb.report, learn.model, learn): assert drawn(whole) == ['0', '3', '8']
     for bad in (3, None, learn.dls, 'model'):
         with pytest.raises(ValueError, match=f'{type(bad).__name__} has no report to draw; pass a model, a Sparsifier'): plot_sparsity(bad)
 
