@@ -108,7 +108,8 @@ def knows_ends(
     return all(m in _seen for m in unwrap(model).modules())
 
 def asks_for_ends(
-    *selectors, # Selectors, lists and dicts of them, anything
+    *selectors, # Selectors, lists and dicts of them, methods with bounds by selector, anything
 ) -> bool:
     "Whether `first_layer` or `last_layer` is among them"
-    return any(isinstance(s, FlowEnd) or isinstance(s, (list,tuple,dict)) and asks_for_ends(*s) for s in selectors)
+    inside = lambda s: s if isinstance(s, (list,tuple,dict)) else getattr(s, 'selectors', ())
+    return any(isinstance(s, FlowEnd) or asks_for_ends(*inside(s)) for s in selectors)
