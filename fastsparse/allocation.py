@@ -34,6 +34,8 @@ class Bounded:
     @property
     def rows(self): return getattr(self._inner, 'rows', None)
     @property
+    def selectors(self): return [s for d in (self.max_sparsity, self.min_kept) if isinstance(d, dict) for s in d]
+    @property
     def _inner(self): return as_method(self.method)
 
     def __post_init__(self):

@@ -348,7 +348,7 @@ def _see_ends(learn, *selectors): # what is first and last in the data flow, whe
 @patch
 def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
-    _see_ends(self.learn, self.layers, self.exclude, self.sparsity)
+    _see_ends(self.learn, self.layers, self.exclude, self.sparsity, self.method)
     sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
                             self.layers, self.exclude, example_input=...,
                             trainable_only=not (self._waits or _takes_turns(self.learn)))

@@ -108,19 +108,16 @@ def knows_ends(
     return all(m in _seen for m in unwrap(model).modules())
 
 def asks_for_ends(
-    *selectors, # Selectors, lists and dicts of them, anything
+    *selectors, # Selectors, lists and dicts of them, methods with bounds by selector, anything
 ) -> bool:
     "Whether `first_layer` or `last_layer` is among them"
-    return any(isinstance(s, FlowEnd) or isinstance(s, (list,tuple,dict)) and asks_for_ends(*s) for s in selectors)
+    inside = lambda s: s if isinstance(s, (list,tuple,dict)) else getattr(s, 'selectors', ())
+    return any(isinstance(s, FlowEnd) or asks_for_ends(*inside(s)) for s in selectors)
 
 def see_ends(
     model:nn.Module, # Any model
-    example_input, # What it takes, or None or `...` if nobody has said
-    *selectors, # Selectors, lists and dicts of them, anything
+    example_input, # What it takes; None or `...` if nobody has said
+    *selectors, # As for `asks_for_ends`
 ):
-    "Do what `ends` does, where there is an example; an error only if the selectors ask for it"
-    if example_input is None or example_input is ...: return
-    try: ends(model, example_input)
-    except ValueError:
-        if asks_for_ends(*selectors): raise # what else an example is for may do without
-
+    "Do what `ends` does, where the selectors ask for it and there is an example"
+    if example_input is not None and example_input is not ... and asks_for_ends(*selectors): ends(model, example_input)

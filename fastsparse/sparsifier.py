@@ -144,7 +144,8 @@ class Sparsifier(MaskHolder):
         self.method,self.criteria = as_method(method),as_criterion(criteria)
         if isinstance(self.granularity, NM) and not hasattr(self.method, 'most'):
             self.method = local # the same pattern everywhere: nothing to share out
-        see_ends(model, example_input, layers, exclude)
+        self._example = None if example_input is ... else example_input
+        self._see_ends(layers, exclude)
         rows = getattr(self.method, 'rows', None)
         laid_out = rows(self.granularity) if rows else self.granularity
         targets,self.left_dense = find_targets(model, laid_out, layers, exclude)
@@ -169,6 +170,9 @@ def check_model(
     if isinstance(model, nn.Module): return getattr(model, '_orig_mod', model)
     fix = "; did you mean learn.model?" if hasattr(model, 'model') else ''
     raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module{fix}")
+@patch
+def _see_ends(self:Sparsifier, *selectors): # so that `first_layer` and `last_layer` are known, where they are asked for
+    if self._example is not None and asks_for_ends(*selectors): ends(self.model, self._example)
 
 @patch
 def _start(self:Sparsifier, example_input):
@@ -194,7 +198,7 @@ def watch(self:Sparsifier,
     example_input, # What the model takes: a tensor, tuple or dict; a few samples suffice
 ):
     "See in one forward, instead of in the code, what goes with whole outputs, and which of them the model returns"
-    see_ends(self.model, example_input)
+    self._example = example_input
     if self._coupled is not None: return self._couple(example_input)
     found = self._dependants(example_input)
     if found.untraced is None: self._take(found)
@@ -431,6 +435,7 @@ def plan(self:Sparsifier,
 @patch
 def _plan(self:Sparsifier, sparsity, round_to, units, method):
     check_request(sparsity, self.granularity, self.method, round_to)
+    self._see_ends(sparsity, method)
     self._check_known()
     self._check_current([t for u in units for t in u.parts])
     cost = sparsity if isinstance(sparsity, Cost) else None
