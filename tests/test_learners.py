@@ -42,8 +42,8 @@ from fastsparse.dependants import dependants
 from fastsparse.learner import first_inputs, whole
 from fastsparse.plan import MACs
 from fastsparse.select import changes_weight, find_targets
-from fastsparse.sparsifier import Sparsifier, SparsityWarning
-from fastsparse.watch import map_tensors, tensors_in
+from fastsparse.sparsifier import Sparsifier
+from fastsparse.watch import tensors_in
 
 timm = pytest.importorskip('timm')
 transformers = pytest.importorskip('transformers')
