@@ -172,7 +172,7 @@ def check_model(
     raise ValueError(f"model is a {type(model).__name__}, not a PyTorch module{fix}")
 @patch
 def _see_ends(self:Sparsifier, *selectors): # so that `first_layer` and `last_layer` are known, where they are asked for
-    if self._example is not None and asks_for_ends(*selectors): ends(self.model, self._example)
+    see_ends(self.model, self._example, *selectors)
 
 @patch
 def _start(self:Sparsifier, example_input):
