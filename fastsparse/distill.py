@@ -151,7 +151,7 @@ def _asked(self:DistillCallback): # what the teacher says of this batch
 
 @patch
 def after_loss(self:DistillCallback):
-    if self._waits or not self.training or not len(self.yb): return
+    if self._waits or not len(self.yb): return
     out,loss = self._asked(),self.learn.loss_func
     reduction = getattr(_plain(loss), 'reduction', 'mean')
     if self.compare is not None: taught = self.compare(self.pred, out)

@@ -13,7 +13,6 @@ from typing import Iterable
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, Learner, Recorder
 from fastai.torch_core import get_model, get_random_states, set_random_states
 from fastcore.foundation import L
@@ -23,7 +22,7 @@ from .watch import _contents, _restore, undisturbed
 
 # %% ../nbs/19_measure.ipynb #a3973c70
 def _takes_part(cb): # in what the model returns, and in what its loss is
-    if isinstance(cb, (Recorder, ProgressCallback, TrackerCallback, HoldingCallback, NonNativeMixedPrecision)):
+    if isinstance(cb, (Recorder, ProgressCallback, HoldingCallback, NonNativeMixedPrecision)):
         return False
     in_batches = cb.run_valid and _acts(cb, ('before_batch','after_pred','after_loss'))
     return in_batches or _acts(cb, ('before_validate',))
@@ -72,8 +71,9 @@ def measure(
     if n_batches is not None and (type(n_batches) is not int or n_batches < 1):
         raise ValueError(f"n_batches={n_batches!r} has to be a whole number of batches, at least 1; or None for all")
     if learn.lock.locked(): raise RuntimeError("measure runs a validation, so it cannot be called from within one")
-    dl,meter = learn.dls.valid if dl is None else dl,_Meter(n_batches)
-    if not len(dl): raise ValueError("there is no validation data to measure on; pass dl= with some")
+    none = dl is None and len(getattr(learn.dls, 'loaders', (1, 2))) < 2
+    dl,meter = learn.dls.valid if dl is None and not none else dl,_Meter(n_batches)
+    if none or not len(dl): raise ValueError("there is no validation data to measure on; pass dl= with some")
     with _as_found(learn, dl):
         learn.cbs = L(cb for cb in learn.cbs if _takes_part(cb))
         learn.validate(dl=dl, cbs=meter)

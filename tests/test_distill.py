@@ -206,6 +206,12 @@ def test_recurrent_models():
     fit(learn, 1, cbs=DistillCallback(language_learner()))
 
 
+def test_a_recurrent_teacher_begins_each_epoch_anew():
+    learn, cb, hidden = fit(language_learner()), DistillCallback(language_learner()), []
+    fit(learn, 2, cbs=[cb, On(before_batch=lambda l: l.training and hidden.append(sum(float(t.abs().sum()) for h in cb.teacher[0].hidden for t in h)), order=20)])
+    assert [h == 0 for h in hidden] == 2*[True, False, False, False]
+
+
 def test_regression_by_a_function():
     data = [(torch.randn(4), torch.randn(1)) for _ in range(32)]
     learn = Learner(DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8)), nn.Linear(4, 1), loss_func=MSELossFlat())

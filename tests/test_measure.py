@@ -122,6 +122,7 @@ def test_what_is_no_number_of_batches_is_refused(n):
 def test_data_that_cannot_be_measured_on_is_refused():
     learn = learner()
     with pytest.raises(ValueError, match='no validation data'): measure(learn, DataLoader([], bs=4))
+    with pytest.raises(ValueError, match='no validation data'): measure(learner(dls=DataLoaders(learn.dls.train)))
     learn.dls.n_inp = 1
     with pytest.raises(ValueError, match='no targets'): measure(learn, DataLoader([(s[0],) for s in samples(8)], bs=4))
     with learn.lock, pytest.raises(RuntimeError, match='from within'): measure(learn)

@@ -11,7 +11,7 @@ from fastai_helpers import fit, learner, loaders, net, percent, quiet, same, sam
 from fastsparse.callback import SparsifyCallback
 from fastsparse.granularity import NM
 from fastsparse.measure import measure
-from fastsparse.sensitivity import SensitivityReport, sensitivity
+from fastsparse.sensitivity import SensitivityReport, _bears, _curve, sensitivity
 from fastsparse.sparsifier import Sparsifier
 
 
@@ -124,6 +124,33 @@ def test_plan_by_percent_adds_up(percent, curves):
         assert 'measure higher levels=' in str(e) and math.isnan(curves['a'][0]) and percent > 80
         return
     assert sum((p or 0)*sizes[n] for n, p in plan.items())/1000 == pytest.approx(percent, abs=1e-6) and all(p is None or 1 <= p <= 90 for p in plan.values())
+
+
+def test_where_more_costs_less_the_costlier_one_counts():
+    rows = [dict(percent=float(p), valid_loss=v) for p, v in ((50, 1.3), (80, 1.1), (90, 1.4))]
+    curve = _curve(rows, 'valid_loss', 1., None)
+    assert [c for _, c in curve] == pytest.approx([0, 30, 30, 40])
+    assert [_bears(curve, c) for c in (-1, 0, 15, 31, 35, 40, 99)] == pytest.approx([0, 0, 25, 81, 85, 90, 90])
+
+
+class Parts(nn.Module):
+    "Half of the outputs of `a` go with those of `b`, half with those of `c`"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Conv2d(1, 16, 3), nn.Conv2d(1, 8, 3), nn.Conv2d(1, 8, 3), nn.Linear(16, 10)
+    def forward(self, x):
+        return self.head((self.a(x) + torch.cat([self.b(x), self.c(x)], 1)).relu().mean((2, 3)))
+
+
+def test_units_that_share_a_tensor_are_tried_together():
+    learn = learner(Parts())
+    x = torch.stack([s[0] for s in samples(4)])
+    assert len(Sparsifier(learn.model, 'coupled', example_input=x).units) == 2
+    report = sensitivity(learn, (50,), 'coupled')
+    assert len(report.layers) == 1 and report.rows[0]['percent'] == 50 and report.rows[0]['weights'] == 9*32
+    cb = SparsifyCallback(report.plan(drop=10**4), 'coupled', 'local')
+    fit(learn, 1, cbs=cb)
+    assert cb.current_sparsity == 50
 
 
 @pytest.mark.parametrize('percent', [30, 75, 90])
