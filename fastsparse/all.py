@@ -16,3 +16,6 @@ from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
 from .callback import KeepSparsityCallback, SparsifyCallback
 from . import learner as _learner # learn.compact()
+from .distill import DistillCallback
+from .sensitivity import sensitivity
+from .tickets import lottery_ticket

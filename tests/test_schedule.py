@@ -5,9 +5,9 @@ import pickle
 import pytest
 
 from fastsparse import schedule as S
-from fastsparse.schedule import Schedule, Steps, agp, as_schedule, available_schedules, cos, dsd, iterative, lin, one_cycle, one_shot, taper
+from fastsparse.schedule import Rate, Schedule, Steps, agp, as_schedule, available_schedules, constant_rate, cos, dsd, iterative, lin, one_cycle, one_shot, taper
 
-ALL = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd)
+ALL = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd, constant_rate=constant_rate)
 RISING = [n for n in ALL if n != 'dsd']
 GRID = [i/997 for i in range(998)]
 
@@ -38,7 +38,7 @@ def test_never_falls_and_stays_within_0_and_1(name, start, end):
 
 
 def test_the_gradual_ones_end_before_training_does():
-    for name in ('taper', 'agp', 'one_cycle', 'cos', 'lin'): assert ALL[name](.75) == 1 and ALL[name](.25) < 1
+    for name in ('taper', 'agp', 'one_cycle', 'cos', 'lin', 'constant_rate'): assert ALL[name](.75) == 1 and ALL[name](.25) < 1
     assert one_shot(.75) == iterative(.95) == 1
 
 
@@ -77,8 +77,30 @@ def test_a_step_does_not_come_early_by_a_rounding_error(start, end):
 
 
 def test_rounds():
-    assert (one_shot.rounds, iterative.rounds, Schedule(Steps(7)).rounds) == (1, 3, 7)
+    assert (one_shot.rounds, iterative.rounds, Schedule(Steps(7)).rounds, constant_rate.rounds, Schedule(Rate(50, 2)).rounds) == (1, 3, 7, 10, 2)
     assert agp.rounds is one_cycle.rounds is cos.rounds is lin.rounds is dsd.rounds is None
+
+
+@pytest.mark.parametrize('rate,n', [(20, 10), (20, 1), (50, 3), (90.5, 4), (1, 100), (99, 3)])
+def test_each_round_takes_the_same_share_of_what_is_left(rate, n):
+    r = Rate(rate, n)
+    left = [100 - r.sparsity*r(i/n) for i in range(n+1)]
+    assert left == pytest.approx([100*(1 - rate/100)**k for k in range(n+1)], abs=1e-9)
+    assert r(0) == 0 and r(1) == 1 and len({Schedule(r)(p) for p in GRID}) == n+1
+
+
+def test_constant_rate_by_hand():
+    "Frankle & Carbin 2019: 20 % a round; 80, 64, 51.2 % are left"
+    r = Rate(20, 3)
+    assert r.sparsity == pytest.approx(48.8) and [r(p) for p in (0, .01, 1/3, .34, .67, 1)] == pytest.approx([0, 20/48.8, 20/48.8, 36/48.8, 1, 1])
+    assert constant_rate.func.sparsity == pytest.approx(100*(1 - .8**10)) and constant_rate(.1) == 0 < constant_rate(.11)
+
+
+@pytest.mark.parametrize('args,message', [((.2, 5), 'did you mean 20?'), ((0, 5), 'from 1 to below 100'), ((100, 5), 'from 1 to below 100'), ((True, 5), 'rate=True'),
+    (('20', 5), "rate='20'"), ((float('nan'), 5), 'rate=nan'), ((20, 0), 'at least 1'), ((20, 2.), 'whole number')])
+def test_a_rate_that_cannot_be_meant_is_refused(args, message):
+    with pytest.raises(ValueError) as e: Rate(*args)
+    assert message in str(e.value)
 
 
 def test_dsd_comes_back():
@@ -141,7 +163,7 @@ def test_bad_steps_are_refused(n):
 
 @pytest.mark.parametrize('bad', ['abc', 'AGP', None, .5, Schedule])
 def test_an_unknown_schedule_is_refused_with_the_names(bad):
-    with pytest.raises(ValueError, match='is unknown; choose one of one_shot, .*dsd, or pass a Schedule or a function'): as_schedule(bad)
+    with pytest.raises(ValueError, match='is unknown; choose one of one_shot, .*constant_rate, or pass a Schedule or a function'): as_schedule(bad)
 
 
 @pytest.mark.parametrize('name', ALL)
