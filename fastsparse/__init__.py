@@ -6,6 +6,7 @@ from .criteria import *
 from .method import available_methods
 from .schedule import *
 from .report import SparsityReport, sparsity_report
+from .evidence import register_inputs
 from .plan import MACs, Params, SparsityWarning, erk
 from .sparsifier import Sparsifier
 from .plot import *
