@@ -16,6 +16,7 @@ from torch import distributed
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.callback.core import Callback, event
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.learner import Learner, join_path_file
@@ -24,7 +25,7 @@ from fastai.torch_core import get_model, rank_distrib
 import numpy as np
 from .granularity import as_granularity
 from .criteria import as_criterion, large_final
-from .mask import MaskHolder, ZeroHolder
+from .mask import MaskHolder, ZeroHolder, apply_mask
 from .method import as_method, global_, local
 from .schedule import as_schedule, taper
 from .select import by_reason, check_selector, select_tensors
@@ -298,7 +299,7 @@ def dry_run(self:SparsifyCallback,
     "What a fit with this callback would come to, judged by the weights as they are now"
     alone = isinstance(learn, torch.nn.Module)
     example = first_inputs(learn) if example_input is None and not alone else example_input
-    with whole(model := get_model(learn if alone else learn.model)): made,run = self._dry(model, example)
+    with whole(model := get_model(learn if alone else learn.model)): made,run = self._dry(model, example, learn)
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
     if not frozen or _takes_turns(learn): return run
     names = ', '.join(frozen[:3]) + (f' and {len(frozen)-3} more' if len(frozen) > 3 else '')
@@ -306,10 +307,14 @@ def dry_run(self:SparsifyCallback,
                                            'until learn.unfreeze(), as the second half of fine_tune does.'))
 
 @patch
-def _dry(self:SparsifyCallback, model, example):
+def _dry(self:SparsifyCallback, model, example, learn):
     made = Sparsifier(model, self.granularity, self.method, self.criteria, self.layers, self.exclude,
                       example_input=example)
+    _gather(made, learn)
     return made,made.dry_run(self.sparsity, self.round_to)
+
+def _gather(sparsifier, learn): # what its criterion reads beside the weights, from one batch
+    if sparsifier._gathers and isinstance(learn, Learner): sparsifier.gather(learn.dls.train, learn.loss_func, n_batches=1)
 
 # %% ../nbs/12_callback.ipynb #2a356e7e
 @patch
@@ -385,6 +390,7 @@ def begin(self:SparsifyCallback):
     self.history.clear()
     self._unseen = any(t.whole_outputs for t in self.sparsifier.targets.values())
     if self.sparsifier.units: self._begun()
+    self._late = False # whether an update waits for the first step
     if not self._unseen: self.sparsifier.release(self._plan, _agree)
 
 @patch
@@ -440,6 +446,12 @@ def _agree(masks): # the first process decides: criteria may be random, or diffe
         distributed.broadcast(plain.view(torch.uint8), 0)
         mask.copy_(plain)
 
+def _pool(kept): # sums over all processes
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1): return
+    for n in sorted(kept):
+        kept[n] = kept[n].contiguous()
+        distributed.all_reduce(kept[n])
+
 @patch(as_prop=True)
 def _position(self:SparsifyCallback): return (self._epoch + min((self.iter+1)/self._n_batches, 1.))/self.n_epoch
 
@@ -453,7 +465,8 @@ def _due(self:SparsifyCallback): # by the position alone, so that a resumed run 
 @patch
 def _go_to(self:SparsifyCallback, position):
     progress = self.schedule(position)
-    if progress == self._progress: return
+    self._late = progress != self._progress and not self._informed()
+    if progress == self._progress or self._late: return
     if progress < self._progress or self.method not in (local, global_): # what returns starts afresh
         self._holder.mask_state(self._optimizer_state())
     percent = self.sparsifier.advance(self._plan, progress, _agree)
@@ -464,6 +477,54 @@ def _go_to(self:SparsifyCallback, position):
     if progress == 1: self._restart_trackers()
 
 # %% ../nbs/12_callback.ipynb #959df8be
+_behind_scaling = MixedPrecision.order + .5 # and before GradientClip
+
+@patch(as_prop=True)
+def _gathering(self:SparsifyCallback): # the schedule may still move
+    if not self._active or self._waits or not self.sparsifier.reads_steps: return False
+    return not self._settled or self._position < self.schedule.end_pct
+
+@patch
+def after_backward(self:SparsifyCallback):
+    if not self._gathering: return HoldingCallback.after_backward(self)
+    self.order,self._scale = _behind_scaling,1.
+    for cb in self.learn.cbs: # of which only the copies are unscaled
+        if isinstance(cb, NonNativeMixedPrecision): self._scale = cb.loss_scale
+
+@patch
+def before_step(self:SparsifyCallback):
+    if not self._gathering: return
+    self._own_order()
+    grads = {n: t.parameter.grad for n,t in self.sparsifier.targets.items()}
+    if self._scale != 1: grads = {n: g if g is None else g.float()/self._scale for n,g in grads.items()}
+    self.sparsifier.gather_step(grads)
+    if self._exposed: self._mask_gradients()
+
+@patch
+def _own_order(self:SparsifyCallback):
+    if vars(self).get('order') == _behind_scaling: del self.order
+
+for _e in ('batch','step','train','epoch','fit'): # and the step was not made
+    setattr(SparsifyCallback, f'after_cancel_{_e}', SparsifyCallback._own_order)
+
+# %% ../nbs/12_callback.ipynb #895d7f8c
+@patch
+def _mask_gradients(self:SparsifyCallback): # and of copies that are stepped instead
+    self._holder.mask_gradients()
+    copies = _stepped(self.learn)[0]
+    for p,mask in self._holder.pairs() if copies else ():
+        g = getattr(copies.get(id(p)), 'grad', None)
+        if g is not None and g.shape == p.shape: apply_mask(g, mask)
+
+@patch
+def _informed(self:SparsifyCallback): # whether there is all that the criterion reads
+    s = self.sparsifier
+    if not s.has_steps: return False
+    xb,yb = tuple(self.xb),tuple(self.yb)
+    for kind in s.look((*xb, *yb), self.loss_func if yb else None, len(xb)).values(): _pool(kind)
+    return True
+
+# %% ../nbs/12_callback.ipynb #799ab287
 @patch
 def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, and which of them the model returns
     self._unseen,s = False,self.sparsifier
@@ -490,7 +551,7 @@ def before_batch(self:SparsifyCallback):
     if self._active and self.training:
         if self._unseen: self._watch_first_batch()
         if self.iter == 0: self._n_batches = _batches(self.learn)
-        if not self._waits and self._due(): self._go_to(self._position)
+        if not self._waits and (self._late or self._due()): self._go_to(self._position)
     HoldingCallback.before_batch(self)
 
 # %% ../nbs/12_callback.ipynb #4651d038
@@ -611,7 +672,8 @@ class PlanCallback(SparsifyCallback):
             part(event_name)
         if self._new and event_name in ('before_train','before_batch'): self._tell_reach()
         if self.parts and not any(part._resumed for part in self.parts): self._states = None # has been taken up
-        self.order = max((part.order for part in self.parts), default=self.order)
+        elsewhere = [part.order for part in self.parts if 'order' in vars(part)]
+        self.order = max(elsewhere, default=HoldingCallback.order)
 
 @patch
 def _take_plan(self:SparsifyCallback, **_):
@@ -692,10 +754,11 @@ def load_state_dict(self:PlanCallback,
     self._states = dict(state)
 
 @patch
-def _dry(self:PlanCallback, model, example):
+def _dry(self:PlanCallback, model, example, learn):
     see_ends(model := check_model(model), example, self.exclude, self.sparsity)
     division = divide(model, self.plan, self.exclude)
     made = PlanSparsifier.of(model, division, make_parts(model, division, example))
+    for part in made.parts: _gather(part, learn)
     return made,made.dry_run()
 
 # %% ../nbs/12_callback.ipynb #3f542c81

@@ -19,6 +19,8 @@ from fastcore.basics import patch
 from torch import nn
 from .granularity import NM, Coupled, as_granularity, layer_type, output_groups
 from .criteria import as_criterion, evidence_of, large_final
+from .evidence import GATHERED, PASSES, STEPS, all_finite, blend, inputs_of, spread_inputs, wide
+from .evidence import gather as gather_evidence
 from .mask import MaskHolder, Scores, bury, count, in_pieces, is_held, one_thread
 from .mask import keep_evenly, keep_mask, spread
 from .method import allocate, apportion, as_method, floors, local, settle
@@ -52,11 +54,12 @@ class _Scores(Scores):
         return scores
 
     def pieces(self, i, every=1):
-        t,s = self.layers[i],self.sparsifier
+        t = self.layers[i]
         if not self._by_weight(t): return super().pieces(i, every)
-        given = [s._on(s._memory[e], t.name, t.weight) for e in s._reads]
-        return (self._sound(t, self._scored(t, w, dict(zip(s._reads, gs))))
-                for w,*gs in zip(*(in_pieces(x, every) for x in (t.weight, *given))))
+        given = self._evidence(t)
+        cut = {e: x for e,x in given.items() if isinstance(x, torch.Tensor)}
+        return (self._sound(t, self._scored(t, w, {**given, **dict(zip(cut, xs))}))
+                for w,*xs in zip(*(in_pieces(x, every) for x in (t.weight, *cut.values()))))
 
     def alive(self, i): # what `pieces` do not show
         t = self.layers[i]
@@ -72,26 +75,30 @@ def part(self:_Scores, idxs): # of some of these layers, with the same random nu
 
 @patch
 def _by_weight(self:_Scores, u): # whether each weight is scored by itself, and is a group of its own
-    each = getattr(self.sparsifier.criteria, 'elementwise', False) and getattr(u.groups, 'single', False)
-    return each and u in u.parts
+    each = getattr(self.sparsifier.criteria, 'elementwise', False) or self.sparsifier._each_step
+    return each and getattr(u.groups, 'single', False) and u in u.parts
 
 @patch
 def _mask_of(self:_Scores, t): return self.sparsifier._on(self.sparsifier.masks, t.name, t.weight)
 
 @patch
 def _plain(self:_Scores, u): # whatever was pruned before
+    s = self.sparsifier
+    if s._each_step: return s._remembered('scores', u.name, u.parts[0].weight).to(self.dtype)
     return u.scores(lambda t: self._scored(t, t.weight, self._evidence(t)))
 
 @patch
 def _evidence(self:_Scores, t):
-    s,i = self.sparsifier,self.number[t.name]
+    s = self.sparsifier
+    if s._each_step: return {'scores': s._remembered('scores', t.name, t.weight)}
     if 'generator' in s._reads and self.seed is None: self.seed = int(torch.randint(2**62, ())) # only when it is needed
-    kept = {e: s._on(s._memory[e], t.name, t.weight) for e in s._reads if e != 'generator'}
-    return {e: torch.Generator().manual_seed(self.seed + i) if e == 'generator' else kept[e] for e in s._reads}
+    drawn = lambda: torch.Generator().manual_seed(self.seed + self.number[t.name])
+    return {e: drawn() if e == 'generator' else s._evidence(e, t) for e in s._reads}
 
 @patch
 def _scored(self:_Scores, t, w, given):
     criteria = self.sparsifier.criteria
+    if 'scores' in given: return given['scores'].to(self.dtype) # of each step, see below
     try: scores = criteria(w, **given)
     except (AttributeError, TypeError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and 'grad' not in str(e): raise
@@ -155,7 +162,8 @@ class Sparsifier(MaskHolder):
             raise ValueError("all layers to prune are frozen (requires_grad=False); "
                              "unfreeze some, as with learn.unfreeze()")
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
-        self._reads = evidence_of(self.criteria)
+        self._reads,self._each_step = evidence_of(self.criteria),getattr(self.criteria, 'each_step', None)
+        self._check_inputs(targets)
         self._named,self._shapes = layers is not None,{t.name: t.weight.shape for t in targets}
         self._coupled,self._flow,self._stay = None,None,{}
         start = self._start_coupled if isinstance(self.granularity, Coupled) else self._start
@@ -288,8 +296,10 @@ def reset(self:Sparsifier):
     self._before = self._pruned_before()
     known = lambda u: all(t.name in self._before for t in u.parts)
     self._found = {n for n,u in self.units.items() if not known(u)} # those whose masks were only taken over
-    kept = [e for e in self._reads if e != 'generator']
+    kept = [e for e in self._reads if e in ('initial','previous')]
     self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in kept}
+    self._memory |= {e: {} for e in self._gathers}
+    self._steps = 0
     self._following,self._aside,self._told = {},{},() # what follows now, its values before it did, what was said
     self._update_followers()
 
@@ -383,6 +393,138 @@ def _layers_now(self:Sparsifier): # layer and parameter name of the targets, by 
     old = lambda t: t.layer_name if t.param == 'weight' else t.layer_name.removesuffix(t.param).rstrip('.')
     layers = {t.layer_name: (t.layer if id(t.layer) in ids else now.get(old(t)), t.param) for t in some}
     return {n: (m, a) for n,(m,a) in layers.items() if m is not None and layer_type(m, a) is not None}
+
+# %% ../nbs/09_sparsifier.ipynb #79af2724
+@patch(as_prop=True)
+def _gathers(self:Sparsifier): # kinds of evidence; 'scores' are those of a criterion that is asked at each step
+    return ('scores',) if self._each_step else tuple(e for e in self._reads if e in GATHERED)
+
+@patch(as_prop=True)
+def reads_steps(self:Sparsifier) -> bool:
+    "Whether the criterion reads gradients of steps"
+    return any(e not in PASSES for e in self._gathers)
+
+@patch(as_prop=True)
+def has_steps(self:Sparsifier) -> bool:
+    "Whether there is all that the criterion reads of steps"
+    return all(self._memory[e] for e in self._gathers if e not in PASSES)
+
+@patch
+@check_options
+def gather(self:Sparsifier,
+    batches, # Iterable of (inputs, target), of dicts, or of what the model takes; such as `learn.dls.train`
+    loss_func:Callable|None=None, # Of output and target; None if the model gives its loss, or only inputs are read
+    *,
+    training:bool=False, # Run the model in training mode, though without dropout
+    per_sample:bool=False, # A step for each sample, as `fisher` has it, instead of one for each batch
+    n_batches:int|None=None, # How many batches to take; None for all
+):
+    "Gather what the criterion reads; the model, and all random numbers, are as they were afterwards"
+    if not self._gathers:
+        raise ValueError(f"the criterion {_name(self.criteria)} reads nothing that has to be gathered, "
+                         f"which would be {', '.join(GATHERED)}")
+    self._check_known()
+    self._check_current(self.targets.values())
+    before,steps = self._memory,self._steps
+    self._memory,self._steps = {**before, **{e: {} for e in self._gathers}},0
+    try: self._memory |= self._look(batches, loss_func, self._gathers, training=training, per_sample=per_sample,
+                                    n_batches=n_batches)
+    except BaseException:
+        self._memory,self._steps = before,steps
+        raise
+
+# %% ../nbs/09_sparsifier.ipynb #eaefcd5f
+@patch
+def _look(self:Sparsifier, batches, loss_func, reads, **kwargs):
+    targets = [t for n,t in self.targets.items() if n not in self.frozen]
+    return gather_evidence(self.model, targets, reads, batches, loss_func, self._step_of(reads), **kwargs)
+
+@patch
+def _step_of(self:Sparsifier, reads): # what is called with the gradients of each batch
+    def step(grads):
+        if not self.gather_step(grads):
+            raise ValueError("no gradient reaches the layers to prune, or it is infinite or NaN; "
+                             "the loss has to depend on them, and to be of ordinary size")
+    return step if any(e not in PASSES for e in reads) else None
+
+@patch
+def look(self:Sparsifier,
+    batch, # As one of the batches of `gather`
+    loss_func:Callable|None=None, # As for `gather`
+    n_inp:int|None=None, # How many of a tuple are inputs; None for all but the last
+) -> dict: # {kind: {name: tensor}}, also kept
+    "Gather from one batch what no step tells, such as inputs, in a pass of its own and in the mode of the model"
+    if not (reads := [e for e in self._gathers if e in PASSES]): return {}
+    found = self._look([batch], loss_func, reads, training=None, n_inp=n_inp)
+    self._memory |= found
+    return found
+
+# %% ../nbs/09_sparsifier.ipynb #2fce56d9
+@patch
+@torch.no_grad()
+def gather_step(self:Sparsifier,
+    grads:dict|None=None, # {name of a target: its gradient}; None for those that stand on the parameters
+) -> bool: # False if there are none, or one overflowed, and the step was left out
+    "Add the gradients of one step to the evidence, before the step is made"
+    some = {n: t for n,t in self.targets.items() if n not in self.frozen}
+    if grads is None: grads = {n: t.parameter.grad for n,t in some.items()}
+    grads = {n: g if g.layout == torch.strided else g.to_dense() for n,g in grads.items() if g is not None}
+    if not grads or not all_finite(grads.values()): return False
+    self._steps += 1
+    for e in self._gathers:
+        if e == 'scores': self._add_scores(grads)
+        elif e in STEPS:
+            for n,t in some.items():
+                x = STEPS[e].of(wide(t.weight), wide(grads[n])) if n in grads else None
+                blend(self._memory[e], n, x, self._steps, STEPS[e].mean)
+    return True
+
+@patch
+def _add_scores(self:Sparsifier, grads):
+    for u in self.units.values():
+        if self._is_frozen(u): continue
+        some = any(t.name in grads for t in u.parts)
+        blend(self._memory['scores'], u.name, self._scores_of_step(u, grads) if some else None, self._steps)
+
+# %% ../nbs/09_sparsifier.ipynb #b9403e9f
+@patch
+def _scores_of_step(self:Sparsifier, u, grads): # of the groups of a unit
+    grad = lambda t: wide(grads[t.name]) if t.name in grads else torch.zeros_like(wide(t.weight))
+    of = lambda t: self.criteria(t.weight, **{e: grad(t) if e == 'grad' else self._evidence(e, t) for e in self._reads})
+    summed = u.groups.size > 1 and getattr(u.groups, 'reduce', torch.mean) is torch.mean
+    if summed: return self._each_step(u.scores(of)*u.groups.size)
+    return u.scores(lambda t: self._each_step(of(t)))
+
+@patch
+def _evidence(self:Sparsifier, e, t): # what a criterion is given
+    if e in ('layer','name'): return dict(layer=t.layer, name=t.name)[e]
+    x = self._remembered(e, t.name, t.weight)
+    return spread_inputs(x, t.weight.shape) if e == 'inputs' else x
+
+@patch
+def _remembered(self:Sparsifier, e, name, weight):
+    if name not in self._memory[e]: raise ValueError(self._missing(e))
+    return self._on(self._memory[e], name, weight)
+
+# %% ../nbs/09_sparsifier.ipynb #1d03fd28
+@patch
+def _missing(self:Sparsifier, e):
+    what = f"the criterion {_name(self.criteria)} reads {'grad' if e == 'scores' else e}"
+    if not self._memory[e]: return (f"{what}, and nothing was gathered yet; call sparsifier.gather(batches, loss_func) "
+                                    "first, or let a SparsifyCallback do it, which gathers while it trains")
+    left = [u.layer_name for n,u in (self.units if e == 'scores' else self.targets).items() if n not in self._memory[e]]
+    why = ('their modules were not called, but used by others' if e == 'inputs' else
+           'the loss does not depend on them')
+    return f"{what}, but there is none of {', '.join(left[:5])}: {why}; leave them out with exclude="
+
+@patch
+def _check_inputs(self:Sparsifier, targets): # which nobody sees
+    unseen = [t for t in targets if t.name not in self.frozen and inputs_of(t.layer, t.param) is None]
+    if 'inputs' in self._reads and unseen:
+        said = ', '.join(f'{t.name!r}' for t in unseen[:5]) + ', ...'*(len(unseen) > 5)
+        raise ValueError(f"the criterion {_name(self.criteria)} reads inputs, and nobody can see those of {said} "
+                         f"({type(unseen[0].layer).__name__}); leave such tensors out with exclude=, or say what they "
+                         "are with register_inputs")
 
 # %% ../nbs/09_sparsifier.ipynb #7c1f04f2
 @patch
@@ -548,6 +690,7 @@ def _reach(self:Sparsifier, plan, progress, method, agree=None):
                 self.masks[name] = mask
     if 'previous' in self._memory:
         self._memory['previous'].update({t.name: t.weight.clone() for u in units for t in u.parts})
+    self._steps = 0 # what is a mean over steps starts anew with the next one
     found = self._found & set(plan.end)
     self._update_followers(returning=not found)
     self._found -= found
@@ -664,7 +807,16 @@ def release(self:Sparsifier,
     "Let go of the zeros that were taken over, beyond those that `plan` starts from"
     named = self._found & set(plan.end)
     more = sum(self._lost_of[n] - plan.start[n]*self.units[n].size/100 for n in named)
-    if more > .5: self._reach(replace(plan, cost=None), 0., local, agree) # each layer its part
+    if more <= .5: return
+    with self._without_evidence(): self._reach(replace(plan, cost=None), 0., local, agree) # each layer its part
+
+@patch
+@contextmanager
+def _without_evidence(self:Sparsifier): # what is pruned is below all others, whatever the criterion says of those
+    was = self.criteria,self._reads,self._each_step
+    if self._gathers: self.criteria,self._reads,self._each_step = large_final,(),None
+    try: yield
+    finally: self.criteria,self._reads,self._each_step = was
 
 def _choose(scores, i, k, groups, held): # which groups a target keeps
     if hasattr(groups, 'choose'): return groups.choose(scores[i], k) # what a row keeps depends on others
@@ -732,7 +884,7 @@ def snapshot(self:Sparsifier) -> Callable: # Call it to go back
     return back
 
 Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense',
-                     'masks','_found','_before','_memory','_following','_aside','_gone','_told',
+                     'masks','_found','_before','_memory','_steps','_following','_aside','_gone','_told',
                      '_followers','_lost','_unclear','_idle','untraced','_returned') # all that pruning, watching change
 
 def _copied(v): # tensors are replaced, or written to in place; the dicts around them are changed
@@ -970,7 +1122,11 @@ def flow_notes(self:Sparsifier) -> list[str]:
 @patch
 def state_dict(self:Sparsifier) -> dict: # Tensors only, of their own and not of the model
     "The masks, and what the criterion remembers"
-    return _copied({'masks': self.masks, **self._memory})
+    return _copied({'masks': self.masks, **self._memory, **self._counted()})
+
+@patch
+def _counted(self:Sparsifier): # the steps behind the means
+    return {'steps': {'': torch.tensor(self._steps)}} if self._gathers else {}
 
 @patch
 def load_state_dict(self:Sparsifier,
@@ -979,12 +1135,17 @@ def load_state_dict(self:Sparsifier,
     "Take over masks and memory, and apply the masks; a ValueError if they are not those of these targets"
     if not isinstance(state, dict):
         raise ValueError(f"the state is a {type(state).__name__}; it has to be the dict that state_dict() gave")
-    expected = {'masks': self.masks, **self._memory}
+    expected = {'masks': self.masks, **self._memory, **self._counted()}
     if set(state) != set(expected):
         raise ValueError(f"the state has {sorted(map(str, state))}, but this Sparsifier keeps {sorted(expected)}; "
                          "it has to have the same criteria")
+    given = {e: state[e] for e in self._gathers} # as much as there was
+    for kind in given: self._check_gathered(kind, given[kind])
+    expected = {kind: now for kind,now in expected.items() if kind not in given}
     for kind,now in expected.items(): _check_state(kind, state[kind], now)
     for kind,now in expected.items(): now.update({n: torch.empty_like(now[n]).copy_(t) for n,t in state[kind].items()})
+    self._memory |= _copied(given)
+    if given: self._steps = int(state['steps'][''])
     self._found = set()
     self._update_followers()
     self.apply_masks()
@@ -1005,3 +1166,17 @@ def _check_state(kind, given, now): # kind: 'masks', or what is remembered; now:
             raise ValueError(f"the mask of {n} has type {t.dtype}; it has to be bool, True = kept")
         if t.shape != now[n].shape:
             raise ValueError(f"the {kind} of {n} has shape {tuple(t.shape)}, but the weight has {shape}")
+
+# %% ../nbs/09_sparsifier.ipynb #d5fa320e
+@patch
+def _check_gathered(self:Sparsifier, kind, given):
+    of = self.units if kind == 'scores' else self.targets
+    if not isinstance(given, dict) or not given.keys() <= of.keys():
+        many = sorted(map(str, given.keys() - of.keys())) if isinstance(given, dict) else type(given).__name__
+        raise ValueError(f"the {kind} do not fit the targets: too many {many}")
+    shape = lambda n: (of[n].groups.rows, of[n].groups.n) if kind == 'scores' else of[n].weight.shape
+    for n,t in given.items():
+        fits = isinstance(t, torch.Tensor)
+        try: fits = fits and (spread_inputs(t, shape(n)) if kind == 'inputs' else t).shape == shape(n)
+        except (RuntimeError, IndexError, ZeroDivisionError): fits = False
+        if not fits: raise ValueError(f"the {kind} of {n} do not fit its shape {tuple(shape(n))}")

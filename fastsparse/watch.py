@@ -14,6 +14,7 @@ from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Iterator
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,11 +109,11 @@ def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b
 @contextmanager
 def undisturbed(
     model:nn.Module, # Any model
-    training:bool=False, # Run it as it trains?
+    training:bool|None=False, # Run it as it trains? None: each module in its own mode
 ):
     "Run `model` here, in eval mode and without gradients; whatever happens, it and the random state are as they were"
     buffers = [(b, b.clone()) for b in model.buffers()] # a normalisation writes into them without saying so
-    before,python = [(m, _contents(m)) for m in model.modules()],random.getstate()
+    before,python,numbers = [(m, _contents(m)) for m in model.modules()],random.getstate(),np.random.get_state()
     fast,guard = torch.backends.mha.get_fastpath_enabled(),_Guard(model.parameters())
     devices = {p.device for p in model.parameters() if p.device.type == 'cuda'}
     with ExitStack() as stack:
@@ -121,13 +122,14 @@ def undisturbed(
         if hasattr(torch.compiler, 'set_stance'): stack.enter_context(torch.compiler.set_stance('force_eager'))
         try:
             torch.backends.mha.set_fastpath_enabled(False) # one operation for a whole layer shows nothing
-            model.train(training)
+            if training is not None: model.train(training)
             for m in model.modules(): # noise has no channels
                 if isinstance(m, nn.modules.dropout._DropoutNd): m.training = False
             with guard: yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(python)
+            np.random.set_state(numbers)
             for m,was in before: _restore(m, was)
             guard.put_back()
             for b,was in buffers:

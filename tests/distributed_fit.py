@@ -29,7 +29,7 @@ def main(folder):
     folder, results = Path(folder), {}
     rank = fastai_distributed.rank_distrib()
     cases = dict(large_final={}, random_score={}, movement={}, updating_movmag={}, filters=dict(granularity='filter', layers=nn.Conv2d), tickets=dict(schedule='iterative', lth=True, save_tickets=folder/'tickets'),
-                 channels_last={}, coupled=dict(sparsity=MACs(60), granularity='coupled', criteria='random_score'))
+                 taylor={}, wanda={}, channels_last={}, coupled=dict(sparsity=MACs(60), granularity='coupled', criteria='random_score'))
     for name, kwargs in cases.items():
         from fastai.data.core import DataLoaders
         from fastai.data.load import DataLoader
@@ -44,7 +44,8 @@ def main(folder):
         if name == 'large_final':
             learn.save('sparse')
             with learn.distrib_ctx(sync_bn=False, in_notebook=False, cpu=True), quiet(learn): learn.fit(1, cbs=KeepSparsityCallback())
-        results[name] = dict(weights=digest(learn.model.parameters()), masks=digest(cb.sparsifier.masks.values()), percent=percent(learn.model), current=want, keys=list(learn.model.state_dict()),
+        evidence = [t for kind in cb.sparsifier._gathers for t in cb.sparsifier._memory[kind].values()]
+        results[name] = dict(evidence=digest(evidence), weights=digest(learn.model.parameters()), masks=digest(cb.sparsifier.masks.values()), percent=percent(learn.model), current=want, keys=list(learn.model.state_dict()),
                              kind=type(learn.model).__name__, regrown=journal.regrown, state=journal.dense_state, steps=journal.steps)
     (folder/f'rank{rank}.json').write_text(json.dumps(results))
     distributed.barrier()

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from core_helpers import invent
 from fastai_helpers import Journal, fit, learner, net, quiet
 from hypothesis import given, settings, strategies as st
 from test_compact import Forward, equal, stir
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastsparse.learner  # noqa: F401 (learn.compact)
+
 from fastsparse.callback import SparsifyCallback
 from fastsparse.compact import compact
 from fastsparse.criteria import available_criteria
@@ -213,7 +215,7 @@ def test_another_example_may_show_other_things():
 def test_every_criterion_and_method(criterion, method):
     torch.manual_seed(1)
     m = residual()
-    s = Sparsifier(m, 'coupled', method, criterion, example_input=image)
+    s = invent(Sparsifier(m, 'coupled', method, criterion, example_input=image))
     for t in s.targets.values(): t.layer.weight.data.add_(torch.randn_like(t.weight)*.1)
     before = {n: k.clone() for n, k in s.masks.items()}
     for percent in (20, 50, 80):

@@ -36,8 +36,12 @@ def test_what_the_others_read():
     assert evidence_of(C.large_final) == evidence_of(C.squared_final) == evidence_of(C.small_final) == () and evidence_of(C.random_score) == ('generator',)
 
 
-def test_the_names_are_those_of_the_formulas_random_score_and_lamp():
-    assert set(available_criteria()) == {*FORMULAS, 'random_score', 'lamp'}
+OF_EVIDENCE = dict(snip=('grad',), taylor=('grad',), gate=('grad',), mest=('grad',), fisher=('grad_squared',), movement_signed=('moved',), wanda=('inputs',)) # see test_evidence.py
+
+
+def test_the_names_are_those_of_the_formulas_and_a_few_more():
+    assert set(available_criteria()) == {*FORMULAS, *OF_EVIDENCE, 'random_score', 'lamp'}
+    assert {n: evidence_of(as_criterion(n)) for n in OF_EVIDENCE} == OF_EVIDENCE
     assert all(as_criterion(n) is getattr(C, n) for n in available_criteria())
 
 
@@ -92,7 +96,8 @@ def test_lamp_prunes_by_magnitude_within_a_layer_and_alike_where_layers_differ_i
 @pytest.mark.parametrize('name', available_criteria())
 def test_evidence_is_kept_only_if_read(name):
     kept = set(Sparsifier(linear(W), criteria=name).state_dict()) - {'masks'}
-    assert kept == set(evidence_of(as_criterion(name))) - {'generator'}
+    if name in OF_EVIDENCE: assert kept == {'steps', 'scores' if name in ('taylor', 'gate') else OF_EVIDENCE[name][0]}
+    else: assert kept == set(evidence_of(as_criterion(name))) - {'generator'}
 
 
 def test_initial_is_the_weight_at_construction():

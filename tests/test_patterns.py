@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import bits, linear, rows
+from core_helpers import bits, invent, linear, rows
 from torch import nn
 
-from fastsparse.criteria import as_criterion, available_criteria
+from fastsparse.criteria import as_criterion, available_criteria, evidence_of
 from fastsparse.granularity import NM, as_granularity
 from fastsparse.patterns import Block, has_pattern, pattern_breaks, transposable_mask
 from fastsparse.schedule import as_schedule, available_schedules
@@ -102,19 +102,20 @@ def trained(model, by=.5):
 def pruned(model, pattern, percent, method='local', criterion='large_final'):
     "A Sparsifier after pruning, and the scores by which it pruned, by name"
     log = {}
-    s = Sparsifier(model, pattern, method, spied(criterion, log))
+    s = invent(Sparsifier(model, pattern, method, spied(criterion, log)))
     trained(model)
     s.prune_model(percent)
     return s, {n: log.get(t.weight.data_ptr(), torch.zeros_like(t.weight)) for n, t in s.targets.items()} # where all stay, nothing is asked
 
 
+SCORING = [n for n in available_criteria() if not hasattr(as_criterion(n), 'each_step') and 'inputs' not in evidence_of(as_criterion(n))] # asked when the masks are made, of every layer
 NMS = [NM(2, 4), NM(1, 4), NM(1, 2, 'out'), NM(3, 4, pad=True), NM(2, 3, pad=True), NM(1, 5, 'out', pad=True)]
 BLOCKS = [Block(4, 4), Block(2, 2, 'max'), Block(1, 4), Block(4, 1, 'max'), Block(2, 4)]
 MATRICES = {'fc.weight', 'conv.weight', 'grouped.weight', 'up.weight', 'up_grouped.weight', 'lstm.weight_ih_l0', 'lstm.weight_hh_l0', 'attention.in_proj_weight', 'attention.out_proj.weight'}
 
 
 @pytest.mark.parametrize('method', ['local', 'global'])
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', SCORING)
 @pytest.mark.parametrize('pattern', NMS, ids=str)
 def test_nm_is_what_blocks_one_by_one_would_lose(pattern, criterion, method):
     s, scores = pruned(Net(), pattern, pattern.percent, method, criterion)
@@ -126,7 +127,7 @@ def test_nm_is_what_blocks_one_by_one_would_lose(pattern, criterion, method):
 
 
 @pytest.mark.parametrize('method', ['local', 'global'])
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', SCORING)
 @pytest.mark.parametrize('n,m', [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_a_transposable_pattern_is_the_best_of_all(n, m, criterion, method):
     pattern = NM(n, m, transposable=True)
@@ -139,7 +140,7 @@ def test_a_transposable_pattern_is_the_best_of_all(n, m, criterion, method):
         assert int((~mask).sum())*m == mask.numel()*(m - n)
 
 
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', SCORING)
 @pytest.mark.parametrize('pattern', BLOCKS, ids=str)
 def test_blocks_are_ranked_in_their_layer(pattern, criterion):
     for percent in (25, 70):
@@ -157,7 +158,7 @@ def test_blocks_are_ranked_in_their_layer(pattern, criterion):
                 assert a == pytest.approx(b, rel=1e-6)
 
 
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', SCORING)
 @pytest.mark.parametrize('pattern', BLOCKS, ids=str)
 def test_blocks_are_ranked_in_all_layers_at_once(pattern, criterion):
     s, scores = pruned(Net(), pattern, 30, 'global', criterion)
@@ -400,12 +401,12 @@ def test_blocks_go_by_any_percentage_and_in_multiples():
 PATTERNS = [NM(2, 4), NM(4, 8), NM(1, 4, 'out'), NM(3, 8, pad=True), NM(2, 4, transposable=True), NM(2, 8, transposable=True), NM(3, 5, transposable=True), Block(2, 2), Block(4, 2, 'max')]
 
 
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', SCORING)
 @pytest.mark.parametrize('pattern', PATTERNS, ids=str)
 def test_nothing_returns_under_a_rising_schedule(pattern, criterion):
     side = pattern.m*2 if isinstance(pattern, NM) else 8
     model = nn.Sequential(nn.Linear(side, side), nn.Conv1d(side + 3*getattr(pattern, 'pad', 0), side, 2))
-    s = Sparsifier(model, pattern, criteria=criterion)
+    s = invent(Sparsifier(model, pattern, criteria=criterion))
     trained(model)
     plan, before = s.plan(getattr(pattern, 'percent', 80)), {n: torch.ones_like(m) for n, m in s.masks.items()}
     for i in range(11):

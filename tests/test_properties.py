@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from core_helpers import DTYPES, same
+from core_helpers import DTYPES, invent, same
 from fastsparse.criteria import available_criteria
 from fastsparse.granularity import NM, available_granularities
 from fastsparse.mask import Scores, keep_mask
@@ -44,7 +44,7 @@ def sparsifiers(draw, names=None):
     model = nn.Sequential(*draw(st.lists(layers(), min_size=1, max_size=4))).to(draw(st.sampled_from(DTYPES)))
     common = [n for n in available_granularities() if any(n in available_granularities(m) for m in model)]
     torch.manual_seed(draw(st.integers(0, 99)))
-    s = Sparsifier(model, draw(st.sampled_from(common)), draw(st.sampled_from(['local', 'global'])), draw(st.sampled_from(available_criteria())))
+    s = invent(Sparsifier(model, draw(st.sampled_from(common)), draw(st.sampled_from(['local', 'global'])), draw(st.sampled_from(available_criteria()))))
     move(s, draw(st.floats(0, 1)))
     return s
 
@@ -170,7 +170,7 @@ def test_nm_loses_exactly_as_many_of_each_block(made, dtype, nm, criteria):
     if not fits:
         with pytest.raises(ValueError, match='do not divide'): Sparsifier(model, pattern)
         return
-    s = Sparsifier(model, pattern, criteria=criteria)
+    s = invent(Sparsifier(model, pattern, criteria=criteria))
     s.prune_model(pattern.percent)
     assert list(s.targets) == [f'{i}.weight' for i in fits] and set(s.left_dense) == {str(i) for i in range(len(made))} - set(map(str, fits))
     for t in s.targets.values(): assert (t.groups.alive(s.masks[t.name]).sum(-1) == pattern.n).all()

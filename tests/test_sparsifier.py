@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from core_helpers import DTYPES, EACH, LAYERS, PERCENTS, bits, fill, linear, naive_groups, naive_mask, nearest, rows, same, small_net
+from core_helpers import DTYPES, EACH, LAYERS, PERCENTS, bits, fill, invent, linear, naive_groups, naive_mask, nearest, rows, same, small_net
 from fastsparse.criteria import available_criteria, elementwise, large_final
 from fastsparse.granularity import NM, Granularity
 from fastsparse.mask import PIECE
@@ -94,7 +94,7 @@ def test_the_same_again_gives_the_same(method):
 @pytest.mark.parametrize('criteria', available_criteria())
 def test_every_criterion_meets_the_target(criteria):
     model = small_net()
-    s = Sparsifier(model, criteria=criteria)
+    s = invent(Sparsifier(model, criteria=criteria))
     for m in model.modules():
         if hasattr(m, 'weight'): m.weight.data.add_(torch.randn_like(m.weight)/10)
     s.prune_model(75)

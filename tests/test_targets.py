@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from core_helpers import invent
 from fastai_helpers import Journal, fit, learner, regrown
 from torch import nn
 from torch.nn.utils import prune
@@ -176,7 +177,7 @@ def test_two_of_four_along_the_input():
 
 @pytest.mark.parametrize('criterion', available_criteria())
 def test_every_criterion(criterion):
-    s = Sparsifier(make('attention'), criteria=criterion)
+    s = invent(Sparsifier(make('attention'), criteria=criterion))
     for t in s.targets.values(): t.parameter.data.add_(torch.randn_like(t.weight)*.1)
     s.prune_model(60)
     assert s.sparsity() == pytest.approx(60, abs=.1)

@@ -24,13 +24,14 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder/f'rank{r}.json').read_text()) for r in (0, 1)]
 
 
-CASES = ['large_final', 'random_score', 'movement', 'updating_movmag', 'filters', 'tickets', 'channels_last', 'coupled']
+CASES = ['large_final', 'random_score', 'movement', 'updating_movmag', 'taylor', 'wanda', 'filters', 'tickets', 'channels_last', 'coupled']
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_masks_and_weights_are_the_same_on_both_ranks(ranks, name):
     one, two = (r[name] for r in ranks[1])
     assert one['masks'] == two['masks'] and one['weights'] == two['weights'] and one['steps'] == two['steps']
+    assert one['evidence'] == two['evidence'], 'each rank has its own batches'
 
 
 @pytest.mark.parametrize('name', CASES)

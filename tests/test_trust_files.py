@@ -260,9 +260,10 @@ def opt_of(name): return dict(sgd=momentum, adam=Adam, ranger=ranger, torch_adam
 
 @pytest.mark.parametrize('name', ['sgd', 'adam', 'torch_adam', 'ranger'])
 @pytest.mark.parametrize('schedule', ['agp', 'iterative', 'dsd', LINEAR])
-@pytest.mark.parametrize('criteria,state', [('large_final', False), ('large_final', True), ('updating_movement', True), ('movement', True), ('magnitude_increase', True)])
+@pytest.mark.parametrize('criteria,state', [('large_final', False), ('large_final', True), ('updating_movement', True), ('movement', True), ('magnitude_increase', True),
+    ('taylor', True), ('movement_signed', True), ('fisher', True), ('wanda', True)])
 def test_a_resumed_run_is_the_uninterrupted_one(name, schedule, criteria, state, tmp_path):
-    if name != 'adam' and (schedule not in ('agp', 'dsd') or criteria not in ('large_final', 'updating_movement')): schedule = LINEAR
+    if name != 'adam' and (schedule not in ('agp', 'dsd') or criteria not in ('large_final', 'updating_movement', 'taylor')): schedule = LINEAR
     make = lambda **kwargs: learner(opt_func=opt_of(name), lr=.01, path=tmp_path, **kwargs)
     callback = lambda: SparsifyCallback(80, criteria=criteria, schedule=schedule)
     journey = lambda cb, log: On(after_epoch=lambda learn: log.append((percent(learn.model), masks_of(cb), state_of(learn.model))) if learn.epoch >= len(log) else None, order=100)

@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from core_helpers import bits, linear, same
+from core_helpers import bits, invent, linear, same
 from fastai_helpers import On, column, conv, fit, learner, loaders, seed, state_of
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
 from fastsparse.criteria import available_criteria, as_criterion
@@ -305,7 +305,7 @@ def test_parameters_that_are_assigned_anew_are_still_masked():
 @pytest.mark.parametrize('granularity', ['weight', 'row'])
 def test_pruned_weights_stay_pruned_whatever_became_of_them(criteria, method, granularity):
     layer = linear([1], [2], [8], [9]) if granularity == 'row' else linear([1, 2, 8, 9])
-    s = Sparsifier(layer, granularity, method, criteria)
+    s = invent(Sparsifier(layer, granularity, method, criteria))
     s.prune_model(50)
     mask = s.masks['weight'].clone()
     layer.weight.data.copy_(torch.tensor([9., 9., 1., 1.]).view_as(layer.weight))
