@@ -116,15 +116,18 @@ def _numbers(t): # as an array
     return (t.float() if t.is_floating_point() and t.itemsize < 4 else t).numpy()
 
 def _ways(w, a): # `w` as it may stand in `a`
-    return [v for v in (w, w.T) if v.shape == a.shape]
+    if ways := [v for v in (w, w.T) if v.shape == a.shape]: return ways
+    same = a.size == w.size and np.array_equal(np.sort(a, None), np.sort(w, None))
+    return [a] if same else [] # the same numbers in another order
 
 def _close(a, w): return np.allclose(a, w, 1e-3, 1e-3*np.abs(w).max())
 
 def _zeros_there(name, w, others): # zeros of `w` that are zero in the file; None if it is not found
-    for fits in (lambda n, a, v: n == name, lambda n, a, v: not a[v == 0].any(), lambda n, a, v: _close(a, v)):
-        for n,a in others.items():
-            if any(fits(n, a, v) for v in _ways(w, a)):
-                del others[n]
+    named = [name] if name in others else []
+    for names,fits in ((named, lambda a, v: True), (others, lambda a, v: not a[v == 0].any()), (others, _close)):
+        for n in list(names):
+            if any(fits(others[n], v) for v in _ways(w, others[n])):
+                a = others.pop(n)
                 return max(int((a[v == 0] == 0).sum()) for v in _ways(w, a))
 
 # %% ../nbs/18_export.ipynb #9f43d121
@@ -157,7 +160,8 @@ class OnnxFile:
         lines = [f"{self.path.name}: {_mb(self.bytes)}, opset {self.opset}, takes {shapes}",
                  f"outputs differ by {self.difference:.2g} at most"
                  + (f", {self.agreement:.1f} % agree on the largest" if self.agreement is not None else '')]
-        if here: lines.append(f"{sum(self.zeros[n][0] for n in here):,} zeros of {len(here)} tensors, all zero in the file")
+        zeros = sum(self.zeros[n][0] for n in here)
+        if here: lines.append(f"{zeros:,} zeros of {len(here)} tensors, all zero in the file")
         if gone := [n for n in self.zeros if n not in here]:
             lines.append(f"not found in one piece, so not compared: {', '.join(gone)}")
         return '\n'.join(lines)
