@@ -332,7 +332,8 @@ def pruned(model=None):
     return m
 
 
-@pytest.mark.parametrize('settings', [{}, dict(per_channel=False), dict(reduce_range=True), dict(extra_options=dict(WeightSymmetric=False)), dict(activation_type=QuantType.QInt8)], ids=str)
+@pytest.mark.parametrize('settings', [{}, dict(per_channel=False), dict(reduce_range=True), dict(weight_type=QuantType.QUInt8), dict(weight_type=QuantType.QUInt8, per_channel=False),
+                                      dict(activation_type=QuantType.QInt8)], ids=str)
 def test_int8_keeps_zeros(settings, tmp_path):
     m = pruned()
     export_onnx(m, pictures[0][:2], tmp_path/'m.onnx')
@@ -340,7 +341,7 @@ def test_int8_keeps_zeros(settings, tmp_path):
     there = initialisers(file.path)
     for n, w in matrices(m).items():
         q, point = there[f'{n}_quantized'], there[f'{n}_zero_point']
-        assert q.dtype == np.int8 and point.size == (1 if settings.get('per_channel') is False else len(w))
+        assert q.dtype == (np.uint8 if 'weight_type' in settings else np.int8) and point.size == (1 if settings.get('per_channel') is False else len(w))
         away = q.astype(int) - point.astype(int).reshape([-1] + [1]*(w.dim()-1) if point.ndim else ())
         assert not away[(w == 0).numpy()].any() and away.any()
         assert file.zeros[n] == (int((w == 0).sum()),)*2
