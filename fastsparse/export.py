@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .compact import _random_like, relative_difference
 from .files import written_whole
 from .report import _mb
-from .watch import (_check_example, _check_model, arguments, call, map_tensors, named_tensors, plain, tensors_in,
-                              undisturbed, unwrap)
+from .watch import _check_example, _check_model, arguments, call, map_tensors, named_tensors
+from .watch import plain, tensors_in, undisturbed, unwrap
 
 # %% ../nbs/18_export.ipynb #a0e09346
 def onnx_libraries(): # The modules onnx and onnxruntime
@@ -191,6 +191,7 @@ def _check_size(model, most=2*10**9):
         raise ValueError(f"the tensors take {size:,} bytes, and an ONNX file holds no more than {most:,}; "
                          "torch.onnx.export(..., external_data=True) writes several files, unchecked")
 
+# %% ../nbs/18_export.ipynb #621411eb
 def export_onnx(
     model:nn.Module, # Any model: masked, compacted, or neither; it is as it was afterwards
     example_input, # What it takes: a tensor, a tuple of arguments, or a dict
@@ -204,7 +205,7 @@ def export_onnx(
     _check_example(model, example_input)
     _check_size(model)
     cases = _cases(model, plain(example_input), dynamic_axes)
-    traced = max((x for x,_ in cases), key=lambda x: sum(t.numel() for t in tensors_in(x))) # a size of 1 would be fixed
+    traced = max((x for x,_ in cases), key=lambda x: sum(t.numel() for t in tensors_in(x)))
     before = {n: _numbers(t) for n,t in named_tensors(model).items() if t.dim() > 1}
     with written_whole(path) as tmp:
         _program(model, traced, dynamic_axes, opset).save(str(tmp), external_data=False)
