@@ -16,3 +16,4 @@ from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
+from .export import OnnxFile, OnnxModel, export_onnx, fake_int8, quantize_onnx

@@ -15,8 +15,9 @@ from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
+from .export import OnnxFile, OnnxModel, export_onnx, fake_int8, quantize_onnx
 from .callback import KeepSparsityCallback, SparsifyCallback
-from . import learner as _learner # learn.compact()
+from . import learner as _learner # learn.compact(), learn.export_onnx()
 from .distill import DistillCallback
 from .sensitivity import sensitivity
 from .tickets import lottery_ticket

@@ -1,4 +1,4 @@
-"""`learn.compact()`: the smaller model, in place
+"""`learn.compact()`: the smaller model, in place; `learn.export_onnx()`
 
 Docs: https://fastsparse.github.io/fastsparse/learner.html.md"""
 
@@ -15,6 +15,8 @@ from fastai.torch_core import get_random_states, set_random_states
 from fastcore.basics import patch
 from .compact import compact as _compact
 from .compact import Compacted
+from .export import OnnxFile
+from .export import export_onnx as _export_onnx
 from .watch import map_tensors, tensors_in
 
 # %% ../nbs/12a_learner.ipynb #acd65bed
@@ -81,3 +83,13 @@ def compact(self:Learner,
         self.create_opt()
         if frozen: self.opt.freeze_to(frozen)
     return result
+
+# %% ../nbs/12a_learner.ipynb #5d283ab9
+@patch
+def export_onnx(self:Learner,
+    path, # The file, by custom with the ending .onnx
+    example_input=None, # What the model takes; None for two samples of the first batch
+    **kwargs, # As in `fastsparse.export_onnx`
+) -> OnnxFile: # What was written, and what was found when it was compared with the model
+    "Write the model to an ONNX file, if that returns the same outputs and has the same zeros"
+    return _export_onnx(self.model, first_inputs(self) if example_input is None else example_input, path, **kwargs)

@@ -9,7 +9,7 @@ except ImportError: import tomli as tomllib # Python 3.10
 root = Path(__file__).resolve().parent.parent
 modules = sorted(f'fastsparse.{p.stem}' for p in (root/'fastsparse').glob('*.py') if not p.stem.startswith('__'))
 may_be_heavy = {'fastsparse.callback', 'fastsparse.learner', 'fastsparse.all'} | {f'fastsparse.{m}' for m in ('measure', 'sensitivity', 'distill', 'tickets')}
-heavy = {'fastai', 'matplotlib', 'pandas', 'torchvision', 'sklearn', 'safetensors'}
+heavy = {'fastai', 'matplotlib', 'pandas', 'torchvision', 'sklearn', 'safetensors', 'onnx', 'onnxscript', 'onnxruntime', 'torchao'}
 
 
 def test_settings_ini_says_what_pyproject_says():
