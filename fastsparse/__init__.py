@@ -12,3 +12,5 @@ from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
+from .accelerate import Accelerated, SparseConv, SparseLinear, accelerate
+from .benchmark import Benchmark, benchmark

@@ -11,5 +11,7 @@ from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
+from .accelerate import Accelerated, SparseConv, SparseLinear, accelerate
+from .benchmark import Benchmark, benchmark
 from .callback import KeepSparsityCallback, SparsifyCallback
 from . import learner as _learner # learn.compact()
