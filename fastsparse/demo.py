@@ -110,7 +110,8 @@ def _smaller(learn, dense, epochs, lr, percent=50):
     with learn.no_bar(): right = learn.validate()[1]
     before,after = time_models([dense, small.model], x)
     print('\n' + '\n'.join(str(small).split('\n\n')[-1].splitlines()[:2]))
-    print(f'Accuracy: {100*right:.1f} %; a batch of {len(x)}: {before} dense, {after} smaller, {verdict(before, after)}')
+    print(f'Accuracy: {100*right:.1f} %; a batch of {len(x)}: {before} dense, {after} smaller, '
+          f'{verdict(before, after)}')
     return dict(small=right, compacted=small, timings=(before, after))
 
 # %% ../nbs/13_demo.ipynb #85b19ee4

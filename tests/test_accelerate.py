@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from fastsparse import Sparsifier, accelerate, has_pattern
 from fastsparse.accelerate import CSR, SemiStructured, SparseConv, SparseLinear
+from fastsparse.benchmark import multiply_adds, stored_bytes
 from fastsparse.timing import Timing
 
 module = importlib.import_module('fastsparse.accelerate') # the function has the same name
@@ -311,6 +312,11 @@ def test_a_model_on_a_gpu(gpu):
     assert isinstance(result.model[0].weight, torch.sparse.SparseSemiStructuredTensorCUTLASS) and has_pattern(net[0], '2:4')
     with torch.no_grad(): close(result.model(x), net(x), 1e-2)
     assert '2:4' in str(result) and result.timings is not None
+    with pytest.raises(RuntimeError, match='for inference'): result.model[0].train()(x)
+    fast,wide = result.model.eval(),x[:, None].expand(4, 3, 64).transpose(0, 1) # which has no view as a matrix
+    with torch.no_grad(): close(fast(wide), net(wide), 1e-2)
+    assert multiply_adds(fast, x) == multiply_adds(net, x) - 4*64*64//2 - 4*32*64//2
+    assert stored_bytes(fast) < stored_bytes(net) and '2:4' in repr(result)
 
 
 @pytest.mark.filterwarnings('ignore:.*SparseSemiStructured')

@@ -62,6 +62,17 @@ def section(runs):
     ok = [more(r) for r in runs if not r.get('error')]
     return [markdown([{k: r.get(k, '—') for k in keys} for r in rows]), *([markdown(ok)] if ok else [])]
 
+def in_short(runs):
+    "How many times faster `accelerate` makes them, for a reader in a hurry"
+    found = {}
+    for r in runs:
+        if r.get('error') or not r['name'].startswith(('linear/','model/')): continue
+        what,percent,batch = re.fullmatch(r'\w+/(.*), (.*), batch (\d+)', r['name']).groups()
+        at = found.setdefault(('`Linear` ' if r['name'].startswith('linear') else '') + what, {})
+        at[f'{percent} zeros, batch {batch}'] = faster(r, 'accelerated').split(' (')[0]
+    columns = dict.fromkeys(k for at in found.values() for k in sorted(at, key=lambda k: int(k.split()[-1])))
+    return markdown([{'accelerated': n, **{k: at.get(k, '—') for k in columns}} for n,at in found.items()])
+
 def plot(runs, file):
     "How many times faster than dense, by sparsity"
     lines = {}
@@ -92,5 +103,6 @@ def write(out, runs):
     for name,(title,text) in TEXTS.items():
         some = [r for r in runs if r['name'].startswith(name + '/')]
         if some: parts += [f'## {title}', text.strip(), *section(some)]
+    if any(not r.get('error') and r['name'].startswith(('linear/','model/')) for r in runs): parts += ['## In short', in_short(runs)]
     (out/'README.md').write_text('\n\n'.join(parts) + '\n')
     plot(runs, out/'engines.png')
