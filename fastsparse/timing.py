@@ -58,7 +58,7 @@ def verdict(
     "What may be said of two timings: nothing where their ratios are not beyond those of `base` to itself"
     low,high = _quartiles([b/a for a,b in zip(base.seconds, base.seconds[1:])] or [1.])
     (times,least,most),word = ratios(base, other),'faster'
-    if least <= high and low <= most: return f'no gain here ({least:.2f}–{most:.2f})'
+    if least <= high and low <= most: return f'no gain here ({least:.2f}–{most:.2f}, unrest {low:.2f}–{high:.2f})'
     if times < 1: (times,least,most),word = ratios(other, base),'slower'
     return f'{times:.2f}× {word} ({least:.2f}–{most:.2f})'
 
