@@ -321,8 +321,8 @@ class Accelerated(Table):
         for l in self.layers:
             ms = [f'{1e3*t.median:.3g} ms' if t else '' for t in (l.dense, l.sparse)]
             times = f'{ratios(l.dense, l.sparse)[0]:.2f}×' if l.dense else ''
-            yield (l.name or '(the model)', l.type, '×'.join(map(str, l.shape)), f'{l.percent:.2f} %', *ms, times,
-                   l.done or f'dense: {l.why}')
+            shape,zeros = '×'.join(map(str, l.shape)),f'{l.percent:.2f} %'*bool(l.shape)
+            yield l.name or '(the model)',l.type,shape,zeros,*ms,times,l.done or f'dense: {l.why}'
 
     def _footer(self): return list(self.notes)
 
