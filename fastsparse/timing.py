@@ -56,9 +56,9 @@ def verdict(
     other:Timing, # Measured in turns with it
 ) -> str: # Such as '2.10× faster (2.02–2.20)', or 'no gain here'
     "What may be said of two timings: nothing where their ratios are not beyond those of `base` to itself"
-    low,high = _quartiles([b/a for a,b in zip(base.seconds, base.seconds[1:])] or [1.])
+    unrest = median([max(a/b, b/a) for a,b in zip(base.seconds, base.seconds[1:])] or [1.])
     (times,least,most),word = ratios(base, other),'faster'
-    if least <= high and low <= most: return f'no gain here ({least:.2f}–{most:.2f}, unrest {low:.2f}–{high:.2f})'
+    if least <= unrest and 1/unrest <= most: return f'no gain here ({least:.2f}–{most:.2f}, unrest {unrest:.2f})'
     if times < 1: (times,least,most),word = ratios(other, base),'slower'
     return f'{times:.2f}× {word} ({least:.2f}–{most:.2f})'
 

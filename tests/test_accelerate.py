@@ -80,6 +80,8 @@ def test_a_wrong_input_is_refused_as_by_the_dense_layer():
     for layer,x in [(linear, torch.randn(2, 4)), (linear, torch.randn(2, 16)), (conv, torch.randn(1, 5, 6, 6)), (conv, torch.randn(1, 3, 6, 6)),
                     (conv, torch.randn(1, 4, 2, 6)), (conv, torch.randn(4, 6)), (linear, torch.randn(2, 8).double())]:
         with pytest.raises(RuntimeError): layer(x)
+    for x,said in [(torch.randn(1, 5, 6, 6), 'samples of 4 channels'), (torch.randn(4, 6), 'samples of 4'), (torch.randn(1, 4, 2, 6), 'does not fit')]:
+        with pytest.raises(RuntimeError, match=said): conv(x)
 
 
 def test_a_result_can_be_viewed_and_written_into():

@@ -96,7 +96,10 @@ def test_a_disturbance_that_hits_all_alike_hides_no_gain():
     assert verdict(base, other) == '2.00× faster (2.00–2.00)' and verdict(other, base) == '2.00× slower (2.00–2.00)' and ratios(base, other)[0] == 2
 
 
-def test_equal_is_no_gain(): assert verdict(steady(1.), steady(1.)) == 'no gain here (1.00–1.00, unrest 1.00–1.00)'
+@given(st.lists(st.floats(.1, 10), min_size=1, max_size=9))
+def test_nothing_is_faster_than_itself(times): assert verdict(Timing(tuple(times)), Timing(tuple(times))).startswith('no gain here (1.00–1.00')
+
+def test_equal_is_no_gain(): assert verdict(steady(1.), steady(1.)) == 'no gain here (1.00–1.00, unrest 1.00)'
 
 
 # -- models

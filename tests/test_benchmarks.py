@@ -121,10 +121,10 @@ def test_tables_of_engines(engines, tmp_path):
             engine_run('channels/net, 50 %, batch 1', dense=[.2]*5, masked=[.2]*5, compacted=[.05]*5), engine_run('gpu/64 × 64, 2:4, batch 1', dense=[.2]*5, masked=[.2]*5, accelerated=[.1]*5)]
     engines('report').write(tmp_path, runs)
     lines = (tmp_path/'README.md').read_text(encoding='utf-8').splitlines()
-    assert '| 64 × 64 | 90 % | 1 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00–1.00) | 2.00× (2.00–2.00) |' in lines
-    assert '| net | 95 % | 8 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00–1.00) | nothing turned over |' in lines
+    assert '| 64 × 64 | 90 % | 1 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00) | 2.00× (2.00–2.00) |' in lines
+    assert '| net | 95 % | 8 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00) | nothing turned over |' in lines
     assert '| net | 98 % | 8 | fails: ValueError: no / such | — | — |' in lines
-    assert '| net | 50 % | 1 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00–1.00) | 4.00× (4.00–4.00) | nothing turned over |' in lines
+    assert '| net | 50 % | 1 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00) | 4.00× (4.00–4.00) | nothing turned over |' in lines
     assert '| 64 × 64 | 2:4 | 1 | 1 of 2 | 2.00 → 2.00 | 4.00 → 4.00 | 1.00 → 1.00 | 1e-07 |' in lines
     assert (tmp_path/'engines.png').stat().st_size > 1000
 

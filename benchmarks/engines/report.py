@@ -16,7 +16,7 @@ INTRO = """Written by `python benchmarks/engines`. Models of torchvision, untrai
 Each run has a process of its own, in which all forms of a model take turns.
 
 * *dense* is the model without zeros: random numbers stand in their places. *masked* is the model with its zeros, computed as ever. *accelerated* is what `accelerate` makes of it, *compacted* what `compact` cuts out of it.
-* *× faster* than dense: the median of the ratios of the rounds, with their quartiles; `no gain here` where these are not beyond the unrest, the quartiles of the ratios of dense to itself from one round to the next.
+* *× faster* than dense: the median of the ratios of the rounds, with their quartiles; `no gain here` where these overlap the unrest, by which the time of dense changes from one round to the next, in the median.
 * *multiply-adds* are those of the weights that are stored, *memory* is that of parameters and buffers, *peak* that of all tensors of a forward beside them.
 * Outputs are compared on a new random input: the largest difference, by the largest output.
 
