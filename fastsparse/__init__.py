@@ -16,4 +16,6 @@ from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
+from .accelerate import Accelerated, SparseConv, SparseLinear, accelerate
+from .benchmark import Benchmark, benchmark
 from .export import OnnxFile, OnnxModel, export_onnx, fake_int8, quantize_onnx

@@ -15,6 +15,8 @@ from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
 from .files import load_sparse, save_sparse
+from .accelerate import Accelerated, SparseConv, SparseLinear, accelerate
+from .benchmark import Benchmark, benchmark
 from .export import OnnxFile, OnnxModel, export_onnx, fake_int8, quantize_onnx
 from .callback import KeepSparsityCallback, SparsifyCallback
 from . import learner as _learner # learn.compact(), learn.export_onnx()

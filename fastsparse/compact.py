@@ -9,7 +9,7 @@ __all__ = ['dead_classes', 'cut', 'merge_constants', 'relative_difference', 'unc
            'rebuild']
 
 # %% ../nbs/10a_compact.ipynb #7927e276
-import copy, html, math, re
+import copy, math, re
 from dataclasses import dataclass, field
 from itertools import chain, combinations, islice
 from os.path import commonprefix
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from .flow import Flow, flow
+from .report import Table
 from .watch import call, map_tensors, named_tensors, plain, tensors_in, undisturbed, unwrap
 
 # %% ../nbs/10a_compact.ipynb #cdcaa640
@@ -312,8 +313,8 @@ class TensorChange:
     why:str # Why they stay
 
 # %% ../nbs/10a_compact.ipynb #bca40212
-@dataclass(frozen=True, eq=False)
-class Compacted:
+@dataclass(frozen=True, eq=False, repr=False)
+class Compacted(Table):
     "A smaller model, and what was done to get it"
     model:nn.Module # The smaller copy
     tensors:tuple[TensorChange,...] # Parameters with two axes or more
@@ -328,7 +329,7 @@ class Compacted:
         "All that `rebuild` needs beside a `state_dict()`: the shape of each tensor, and the numbers that were set anew"
         return {n: tuple(t.shape) for n,t in named_tensors(self.model).items()} | self.numbers
 
-    _columns = ('tensor','before','after','zero outputs left')
+    _columns = _words = ('tensor','before','after','zero outputs left')
 
     def _rows(self):
         shown = lambda s: '×'.join(map(str, s))
@@ -341,22 +342,6 @@ class Compacted:
         line = lambda what,a,b: f'{what} {a:,} before, {b:,} after{fewer(a, b)}.'
         anew = [f'Set anew: {", ".join(f"{k} = {v}" for k,v in self.numbers.items())}.'] if self.numbers else []
         return [line('Weights', *self.weights), line('Multiply-adds on the example', *self.macs), *anew, *self.notes]
-
-    def __str__(self):
-        rows = [self._columns, *self._rows()]
-        widths = [max(map(len, col)) for col in zip(*rows)]
-        line = lambda r: '  '.join(v.ljust(w) for v,w in zip(r, widths)).rstrip()
-        rule = '-'*(sum(widths) + 2*(len(widths)-1))
-        return '\n'.join([line(rows[0]), rule, *map(line, rows[1:]), '', *self._footer()])
-
-    def __repr__(self): return str(self)
-
-    def _repr_html_(self):
-        cell = lambda tag,v: f'<{tag} style="text-align:left">{html.escape(v)}</{tag}>'
-        row = lambda tag,r: f'<tr>{"".join(cell(tag, v) for v in r)}</tr>'
-        body = ''.join(row('td', r) for r in self._rows())
-        return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{body}</tbody></table>'
-                + ''.join(f'<p><small>{html.escape(n)}</small></p>' for n in self._footer()))
 
     def to_dataframe(self): # A pandas DataFrame, one row for each tensor; needs pandas
         "The tensors as a `DataFrame`"

@@ -80,40 +80,36 @@ def percent(self:LayerReport) -> float:
     "Zeros in percent of the weights"
     return 100*self.zeros/max(self.weights, 1)
 
-# %% ../nbs/07_report.ipynb #1bfab769
+# %% ../nbs/07_report.ipynb #cb4363fa
 class Table:
-    "Rows that show themselves, in a terminal and in a notebook"
-    _columns,_left,_totals = (),(0,),0 # heads; columns to the left; how many rows at the end are totals
+    "A value that shows itself as a table; a class of it says what is in the rows"
+    _columns,_words,_totals = (),(),0 # heads; those that are set to the left; rows at the end that are totals
 
-    def _rows(self): raise NotImplementedError # tuples of str
-    def _footer(self): return [] # lines below the table
-    def __str__(self): return self._text()
+    def _rows(self): return []
+    def _footer(self): return []
     def __repr__(self): return str(self)
 
-@patch
-def _text(self:Table):
-    rows = [self._columns, *self._rows()]
-    widths = [max(map(len, col)) for col in zip(*rows)]
-    def line(r):
-        cells = (v.ljust(w) if i in self._left else v.rjust(w) for i,(v,w) in enumerate(zip(r, widths)))
-        return '  '.join(cells).rstrip()
-    rule = '-'*(sum(widths) + 2*(len(widths)-1))
-    head,*lines = map(line, rows)
-    at = len(lines) - self._totals
-    totals,footer = [rule, *lines[at:]] if self._totals else [],self._footer()
-    return '\n'.join([head, rule, *lines[:at], *totals, *['']*bool(footer), *footer])
+    def __str__(self):
+        rows = [self._columns, *self._rows()]
+        widths = [max(map(len, col)) for col in zip(*rows)]
+        def line(r):
+            cells = zip(self._columns, r, widths)
+            return '  '.join(v.ljust(w) if c in self._words else v.rjust(w) for c,v,w in cells).rstrip()
+        rule,(head,*lines) = '-'*(sum(widths) + 2*(len(widths)-1)),map(line, rows)
+        n,footer = len(lines) - self._totals,list(self._footer())
+        if footer: footer.insert(0, '')
+        return '\n'.join([head, rule, *lines[:n], *[rule]*bool(self._totals), *lines[n:], *footer])
 
-@patch
-def _repr_html_(self:Table):
-    side = lambda i: 'left' if i in self._left else 'right'
-    cell = lambda tag,i,v: f'<{tag} style="text-align:{side(i)}">{html.escape(v)}</{tag}>'
-    row = lambda tag,r: '<tr>' + ''.join(cell(tag, i, v) for i,v in enumerate(r)) + '</tr>'
-    all_of = lambda tag,rows: ''.join(row(tag, r) for r in rows)
-    rows = list(self._rows())
-    at = len(rows) - self._totals
-    foot = f'<tfoot>{all_of("th", rows[at:])}</tfoot>' if self._totals else ''
-    return (f'<table><thead>{row("th", self._columns)}</thead><tbody>{all_of("td", rows[:at])}</tbody>{foot}</table>'
-            + ''.join(f'<p><small>{html.escape(n)}</small></p>' for n in self._footer()))
+    def _repr_html_(self):
+        side = lambda c: 'left' if c in self._words else 'right'
+        cell = lambda tag,c,v: f'<{tag} style="text-align:{side(c)}">{html.escape(v)}</{tag}>'
+        row = lambda tag,r: '<tr>' + ''.join(cell(tag, c, v) for c,v in zip(self._columns, r)) + '</tr>'
+        part = lambda name,tag,rows: f'<{name}>{"".join(row(tag, r) for r in rows)}</{name}>' if rows else ''
+        rows = list(self._rows())
+        n = len(rows) - self._totals
+        parts = part('thead', 'th', [self._columns]),part('tbody', 'td', rows[:n]),part('tfoot', 'th', rows[n:])
+        notes = (f'<p><small>{html.escape(n)}</small></p>' for n in self._footer())
+        return f'<table>{"".join(parts)}</table>{"".join(notes)}'
 
 # %% ../nbs/07_report.ipynb #68d62622
 @dataclass(frozen=True, repr=False)
@@ -123,8 +119,6 @@ class SparsityReport(Table):
     all_zeros:int # Zeros among all parameters of the model
     all_weights:int # All parameters of the model
     notes:tuple[str,...]=() # What was left dense, or could not be followed, and why
-
-    _columns,_left,_totals = ('layer','type','shape','zeros','weights','sparsity','dead filters'),(0, 1, 2),2
 
 # %% ../nbs/07_report.ipynb #b63989fe
 @patch(as_prop=True)
@@ -153,6 +147,9 @@ def bytes_compressed(self:SparsityReport) -> int:
     return sum((l.weights - l.zeros)*l.itemsize + math.ceil(l.weights/8) for l in self.layers)
 
 # %% ../nbs/07_report.ipynb #31853da2
+SparsityReport._columns = ('layer','type','shape','zeros','weights','sparsity','dead filters')
+SparsityReport._words,SparsityReport._totals = ('layer','type','shape'),2
+
 @patch
 def _rows(self:SparsityReport):
     for l in self.layers:
@@ -195,7 +192,7 @@ class DryRun(SparsityReport):
         key = ('key',)*any(l.key for l in self.layers)
         return ('tensor','type','shape','zeros','weights','sparsity','outputs left','groups left',*key,
                 'plan, what follows; or why it stays dense')
-    _left = (0, 1, 2, 8)
+    _words = ('tensor','type','shape','key','plan, what follows; or why it stays dense')
 
     def _rows(self):
         keys = 'key' in self._columns

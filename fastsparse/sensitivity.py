@@ -30,6 +30,8 @@ class SensitivityReport(Table):
     rows:tuple[dict,...] # One for each layer and level: its keys, how much was asked for, was zero, was measured
     dense:dict[str,float] # What was measured with nothing pruned: the loss, and each metric
 
+    _words = ('layer',)
+
     @property
     def levels(self) -> list[float]: # Percent
         "The levels that were tried"

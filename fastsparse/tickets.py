@@ -109,7 +109,7 @@ class LotteryReport(Table):
     rows:tuple[dict,...] # Round, arm, measured sparsity, epochs trained, loss and metrics
     folder:Path # Where the tickets are
 
-    _left = (1,)
+    _words = ('arm',)
     @property
     def _columns(self): return 'round','arm','sparsity','epochs',*self._measured()
     def _measured(self): return [k for k in self.rows[0] if k not in ('round','arm','sparsity','epochs')]

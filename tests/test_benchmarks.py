@@ -90,3 +90,47 @@ def test_every_edge_case_is_right(bench):
     runs = {name: measure.edge(name, 'fastsparse') for name in edges.CASES}
     assert {n: report.outcome(r) for n, r in runs.items() if not report.equal(r) or not r['varies']} == {}
     assert report.outcome(runs['GroupNorm']) == 'kept, equal' and report.outcome(runs['a frozen model']) == 'cut to 50 %, equal'
+
+
+# -- benchmarks/engines
+
+@pytest.fixture
+def engines(monkeypatch):
+    "Import a module of `benchmarks/engines`"
+    folder = Path(__file__).resolve().parent.parent/'benchmarks/engines'
+    monkeypatch.syspath_prepend(folder)
+    saved = {n: sys.modules.pop(n, None) for n in ('report', 'measure')}
+    def load(name):
+        spec = importlib.util.spec_from_file_location('engines_' + name, folder/f'{name}.py')
+        spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
+        return m
+    yield load
+    for n, m in saved.items():
+        sys.modules.pop(n, None)
+        if m is not None: sys.modules[n] = m
+
+
+def engine_run(name, **seconds):
+    rows = {n: dict(name=n, memory=10**6, macs=2*10**6, bytes=4*10**6, file=None) for n in seconds}
+    return dict(name=name, env='here', seconds=seconds, rows=rows, done=1, layers=2, difference=1e-7)
+
+
+def test_tables_of_engines(engines, tmp_path):
+    runs = [engine_run('linear/64 × 64, 90 %, batch 1', dense=[.2]*5, masked=[.2]*5, accelerated=[.1]*5), engine_run('model/net, 95 %, batch 8', dense=[.2]*5, masked=[.2]*5),
+            dict(name='model/net, 98 %, batch 8', env='here', error='ValueError: no | such'),
+            engine_run('channels/net, 50 %, batch 1', dense=[.2]*5, masked=[.2]*5, compacted=[.05]*5), engine_run('gpu/64 × 64, 2:4, batch 1', dense=[.2]*5, masked=[.2]*5, accelerated=[.1]*5)]
+    engines('report').write(tmp_path, runs)
+    lines = (tmp_path/'README.md').read_text(encoding='utf-8').splitlines()
+    assert '| 64 × 64 | 90 % | 1 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00) | 2.00× (2.00–2.00) |' in lines
+    assert '| net | 95 % | 8 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00) | nothing turned over |' in lines
+    assert '| net | 98 % | 8 | fails: ValueError: no / such | — | — |' in lines
+    assert '| net | 50 % | 1 | 200 ms (200–200) | no gain here (1.00–1.00, unrest 1.00) | 4.00× (4.00–4.00) | nothing turned over |' in lines
+    assert '| 64 × 64 | 2:4 | 1 | 1 of 2 | 2.00 → 2.00 | 4.00 → 4.00 | 1.00 → 1.00 | 1e-07 |' in lines
+    assert (tmp_path/'engines.png').stat().st_size > 1000
+
+
+def test_every_engine_run_has_a_section_and_a_gpu_has_its_own(engines):
+    plan,sections = engines('__main__').plan,engines('report').TEXTS
+    without,with_ = plan(),plan(gpu=True)
+    assert {n.split('/')[0] for n in with_} == set(sections) and {n for n in with_ if n not in without} == {n for n in with_ if n.startswith('gpu/')}
+    assert all(s.get('device') == ('cuda' if n.startswith('gpu/') else None) for n,s in with_.items())

@@ -55,9 +55,9 @@ def test_every_notebook_is_in_the_sidebar_of_the_docs():
 
 
 def measured(text):
-    "The rows of the tables, and the quotations, under the headings that begin with 'What it costs'"
+    "The rows of the tables, and the quotations, under the headings 'What it costs ...' and 'What to expect'"
     parts = re.split(r'^## ', text, flags=re.M)
-    return [row.removeprefix('> ') for p in parts if p.startswith('What it costs') for row in p.splitlines() if row.startswith(('|','> '))]
+    return [row.removeprefix('> ') for p in parts if p.startswith(('What it costs','What to expect')) for row in p.splitlines() if row.startswith(('|','> '))]
 
 def test_what_the_readme_says_of_speed_and_accuracy_was_measured_by_the_benchmarks():
     results = {row for f in (root/'benchmarks/results').glob('*/README.md') for row in f.read_text(encoding='utf-8').splitlines()}

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from fastsparse.benchmark import multiply_adds
 from fastsparse.flow import flow
+from fastsparse.timing import evaluating, take_turns
 from tools import ARMS, MASKS, output_layers
 from zoo import MODELS, build, decoder, images, settle
 
@@ -21,14 +22,6 @@ def seconds(f, *args):
 def error(e): return f'{type(e).__name__}: {(str(e).strip().splitlines() or [""])[0]}'[:160]
 
 def weights(model): return sum(p.numel() for p in model.parameters())
-
-@torch.no_grad()
-def macs(model, x):
-    "Multiply-adds of convolutions and matrix products; attention is not run as one operation, of which nothing would be counted"
-    torch.backends.mha.set_fastpath_enabled(False)
-    with FlopCounterMode(display=False) as counter: model(x)
-    torch.backends.mha.set_fastpath_enabled(True)
-    return counter.get_total_flops()//2
 
 def apart(out, ref):
     "The largest difference of two outputs, by the largest number; None if they do not even have the same shapes"
@@ -43,15 +36,9 @@ def compared(small, model, inputs):
     differences = [apart(small(x), ref) for x,ref in zip(inputs, refs)]
     return dict(difference=None if None in differences else torch.tensor(differences).max().item(), varies=apart(refs[0], refs[1]))
 
-@torch.no_grad()
 def in_turn(models, x, budget):
-    "Seconds of each model in each round, for about as long as that; three rounds at least, after one that does not count"
-    for _ in range(1 if len(x) > 1 else 3):
-        each = sum(seconds(m, x)[0] for m in models)
-    times,rounds = [[] for _ in models],min(max(round(budget/each), 3), 40)
-    for k in range(rounds):
-        for i in (range(len(models)) if k % 2 else reversed(range(len(models)))): times[i].append(round(seconds(models[i], x)[0], 6))
-    return times
+    "Seconds of each model in each round, for about as long as that; three rounds at least"
+    with evaluating(models): return [[round(s, 6) for s in t.seconds] for t in take_turns([lambda m=m: m(x) for m in models], budget, rounds=(3, 40))]
 
 def typical(f, repeats=5): return statistics.median(seconds(f)[0] for _ in range(repeats + 1))
 
@@ -72,11 +59,11 @@ def model(name, arm, mask, size=224, batches=(1, 16), budget=3.):
     start_from.load_state_dict(state)
     zeros = sum(int((p == 0).sum()) for p in dense.parameters())/weights(dense)
     with torch.no_grad(): forward = typical(lambda: dense(x))
-    figures = dict(zeros=zeros, dense=[weights(dense), macs(dense, x)], forward=forward, example=list(x.shape))
+    figures = dict(zeros=zeros, dense=[weights(dense), multiply_adds(dense, x)], forward=forward, example=list(x.shape))
     try: analysis,small = seconds(ARMS[arm], start_from, x, outputs)
     except Exception as e: return dict(figures, error=error(e))
     try:
-        figures |= dict(analysis=analysis, small=[weights(small), macs(small.eval(), x)])
+        figures |= dict(analysis=analysis, small=[weights(small), multiply_adds(small.eval(), x)])
         figures['latency'] = {b: in_turn([dense, small], images(b, size), budget) for b in batches}
         return dict(figures, **compared(small.double(), dense.double(), new))
     except Exception as e: return dict(figures, error=error(e))
