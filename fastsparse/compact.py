@@ -73,7 +73,7 @@ def _resize(m):
     elif isinstance(m, nn.modules.batchnorm._NormBase): m.num_features = len(w)
     elif isinstance(m, nn.PReLU): m.num_parameters = len(w)
     elif isinstance(m, nn.Embedding): m.embedding_dim = w.shape[1]
-    elif type(m).__name__ == 'Conv1D' and hasattr(m, 'nf'): m.nx,m.nf = w.shape # of Hugging Face's GPT-2
+    elif (type(m).__module__, type(m).__name__) == ('transformers.pytorch_utils', 'Conv1D'): m.nx,m.nf = w.shape
 
 def _cut_tensor(t, keep): # keep: {axis: entries}
     new = t.detach()
