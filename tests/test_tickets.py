@@ -54,8 +54,12 @@ def test_a_ticket_begins_where_the_dense_network_was(rewind, tmp_path):
         for n, t in ticket.items(): assert torch.equal(t, dense[n]*masks[n] if n in masks else dense[n])
 
 
-def test_masks_go_by_the_trained_weights(tmp_path):
-    tickets(shuffled(), tmp_path, 2, 2, rate=50, controls=())
+@pytest.mark.parametrize('zeros', [False, True])
+def test_masks_go_by_the_trained_weights(zeros, tmp_path):
+    "And not by zeros that are there by initialisation"
+    model = net()
+    with torch.no_grad(): model[3].weight[:, ::2] *= not zeros
+    tickets(shuffled(model=model), tmp_path, 2, 2, rate=30, controls=('random mask',))
     for k in (1, 2):
         masks, trained = load(tmp_path, f'masks_{k:02}'), load(tmp_path, f'trained_{k-1:02}')
         kept = torch.cat([trained[n][m].abs() for n, m in masks.items()])
