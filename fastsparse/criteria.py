@@ -9,17 +9,17 @@ __all__ = ['EVIDENCE', 'evidence_of', 'register_criterion', 'available_criteria'
            'random_score', 'large_final', 'squared_final', 'small_final', 'lamp', 'large_init', 'small_init',
            'large_init_large_final', 'small_init_small_final', 'magnitude_increase', 'movement', 'movmag',
            'updating_magnitude_increase', 'updating_movement', 'updating_movmag', 'snip', 'taylor', 'gate', 'mest',
-           'fisher', 'movement_signed', 'wanda']
+           'fisher', 'movement_signed', 'grasp', 'wanda', 'synflow', 'slimming', 'fpgm']
 
 # %% ../nbs/01_criteria.ipynb #0c9f9dce
 import inspect
 from typing import Callable
 import torch
-from .granularity import did_you_mean
+from .granularity import Outputs, did_you_mean
 
 # %% ../nbs/01_criteria.ipynb #5f6a31cd
 EVIDENCE = ('initial', 'previous', 'generator', 'grad', 'grad_squared', 'moved', 'inputs',
-            'layer', 'name')
+            'hessian_grad', 'synaptic_flow', 'gamma', 'layer', 'name')
 
 def evidence_of(
     criteria:Callable, # A criterion
@@ -287,6 +287,16 @@ def movement_signed(
     "-Σ g w over steps: away from zero is high (Sanh et al. 2020)"
     return moved
 
+# %% ../nbs/01_criteria.ipynb #94e1d733
+@register_criterion
+@elementwise
+def grasp(
+    w:torch.Tensor, # The weight
+    hessian_grad:torch.Tensor, # The Hessian times the gradient
+) -> torch.Tensor: # Scores, of the shape of the weight
+    "w Hg: what the flow of gradients needs (Wang et al. 2020, who remove the largest -w Hg)"
+    return w*hessian_grad
+
 # %% ../nbs/01_criteria.ipynb #ce9d1bed
 @register_criterion
 @elementwise
@@ -296,3 +306,36 @@ def wanda(
 ) -> torch.Tensor: # Scores, of the shape of the weight
     "|w| ‖x‖₂, the norm over all samples and positions (Sun et al. 2024, equation 1)"
     return w.abs()*inputs.sqrt()
+
+# %% ../nbs/01_criteria.ipynb #30a570d4
+@register_criterion
+@elementwise
+def synflow(
+    w:torch.Tensor, # The weight
+    synaptic_flow:torch.Tensor, # ∂R/∂|w|
+) -> torch.Tensor: # Scores, of the shape of the weight
+    "|w| ∂R/∂|w| (Tanaka et al. 2020); to be computed again and again, see `prune_in_rounds`"
+    return w.abs()*synaptic_flow
+
+# %% ../nbs/01_criteria.ipynb #b0a10d29
+@register_criterion
+@elementwise
+def slimming(
+    w:torch.Tensor, # The weight
+    gamma:torch.Tensor, # The weight of the BatchNorm behind, spread over the weight
+) -> torch.Tensor: # Scores, of the shape of the weight
+    "|γ| of the BatchNorm behind the output (Liu et al. 2017)"
+    return gamma.abs()
+
+# %% ../nbs/01_criteria.ipynb #683d79c2
+@register_criterion
+def fpgm(
+    w:torch.Tensor, # The weight
+    layer:torch.nn.Module, # The layer that it belongs to
+    name:str, # Its name, which ends with that on the layer
+) -> torch.Tensor: # Scores, of the shape of the weight
+    "Sum over all outputs of the layer of the distance to them, ‖w_i - w_j‖₂ (He et al. 2019)"
+    groups = Outputs().groups(layer, name.rpartition('.')[2])
+    kept = [i for i,a in enumerate(groups.axes) if a in groups.keep]
+    rows = groups._unfold(_wide(w)).movedim(kept, list(range(len(kept)))).reshape(groups.n, -1)
+    return groups.expand(torch.cdist(rows, rows).sum(1)[None])

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .select import Target
-from .watch import call, map_tensors, plain, tensors_in, undisturbed
+from .watch import call, map_tensors, named_tensors, plain, tensors_in, undisturbed
 
 # %% ../nbs/08a_evidence.ipynb #48321dbd
 class Kind(NamedTuple):
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 STEPS = dict(grad=Kind(lambda w,g: g), grad_squared=Kind(lambda w,g: g*g),
              moved=Kind(lambda w,g: -g*w, mean=False, lasts=True))
-PASSES = ('inputs',) # what no step tells; it takes a pass over a batch
+PASSES = ('inputs','hessian_grad','synaptic_flow') # what no step tells; it takes a pass over a batch
 GATHERED = (*STEPS, *PASSES)
 
 def blend(
@@ -166,6 +166,12 @@ def _takes(model, args): # as many as its forward takes, all or all but the last
     try: return inspect.signature(model.forward).bind(*args) and args
     except TypeError: return args[:-1] if len(args) > 1 else args
 
+def _split(model, batch, loss_func, n_inp): # inputs and targets
+    batch = tuple(batch) if isinstance(batch, (list,tuple)) else (batch,)
+    if loss_func is None: return _takes(model, batch),()
+    n = max(len(batch)-1, 1) if n_inp is None else n_inp
+    return batch[:n],batch[n:]
+
 def run(
     model:nn.Module, # Any model
     batch, # A tuple, of which the last is the target; a dict; or a tensor
@@ -176,10 +182,8 @@ def run(
     if isinstance(batch, dict):
         out = call(model, batch)
         return out if loss_func is None else loss_func(out, batch)
-    batch = tuple(batch) if isinstance(batch, (list,tuple)) else (batch,)
-    if loss_func is None: return model(*_takes(model, batch))
-    n = max(len(batch)-1, 1) if n_inp is None else n_inp
-    return loss_func(model(*batch[:n]), *batch[n:])
+    xs,ys = _split(model, batch, loss_func, n_inp)
+    return model(*xs) if loss_func is None else loss_func(model(*xs), *ys)
 
 # %% ../nbs/08a_evidence.ipynb #e96cf38a
 def _loss(out): # one number, wherever it is
@@ -194,6 +198,34 @@ def _loss(out): # one number, wherever it is
 def _samples(batch): # one batch for each of its samples
     n = next(len(t) for t in tensors_in(batch) if t.dim())
     for i in range(n): yield map_tensors(lambda t: t[i:i+1] if t.dim() else t, batch)
+
+# %% ../nbs/08a_evidence.ipynb #6b3607e7
+def _gradients(loss, params, **kwargs): # by name; None where the loss does not depend on it
+    return dict(zip(params, torch.autograd.grad(loss, [*params.values()], allow_unused=True, **kwargs)))
+
+def _hessian_times(mean, params, losses): # of `mean`, by name
+    found = {}
+    for n,loss in enumerate(losses, 1):
+        grads = _gradients(loss, params, create_graph=True)
+        dot = sum((g*mean[k]).sum() for k,g in grads.items() if g is not None)
+        more = _gradients(dot, params) if dot.requires_grad else {}
+        for k in mean: blend(found, k, wide(params[k]*0 if more.get(k) is None else more[k]), n)
+    return found
+
+# %% ../nbs/08a_evidence.ipynb #67bc751b
+def _synaptic_flow(model, params, inputs):
+    if not isinstance(inputs, tuple) or not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs):
+        raise ValueError("synaptic_flow is that of an input of ones, so the model has to take tensors of real numbers; "
+                         "pass one sample for its shape, such as [torch.ones(1, 3, 32, 32)]")
+    positive = {n: t.detach().double().abs() if t.is_floating_point() else t for n,t in named_tensors(model).items()}
+    leaves = {n: positive[n].requires_grad_() for n in params}
+    ones = tuple(torch.ones_like(x[:1], dtype=torch.double) for x in inputs)
+    out = torch.func.functional_call(model, positive, ones)
+    grads = _gradients(sum(t.sum() for t in tensors_in(out) if t.is_floating_point()), leaves)
+    grads = {n: g for n,g in grads.items() if g is not None}
+    largest = max((float(x.abs().max()) for n,g in grads.items() for x in (g, g*leaves[n])), default=0.)
+    if not isfinite(largest): raise ValueError("the synaptic flow is infinite: the model is too deep for it")
+    return {n: (g/max(largest/2.**100, 1.)).float() for n,g in grads.items()}
 
 # %% ../nbs/08a_evidence.ipynb #524f0e3e
 @contextmanager
@@ -253,14 +285,24 @@ def gather(
     "Run `model` on `batches`, hand over gradients and look at inputs"
     params,found = {t.name: t.parameter for t in targets},{k: {} for k in PASSES if k in reads}
     if n_inp is None and isinstance(getattr(batches, 'n_inp', None), int): n_inp = batches.n_inp # of fastai
+    twice,mean,n = 'hessian_grad' in found,{},0
+    grad,device = step is not None or twice,next(iter(params.values())).device
     seen = lambda name,x: blend(found['inputs'], name, x, 1, mean=False)
-    device,some = next(iter(params.values())).device,False
-    found_as,grad = _as_found(model, batches, [*params.values()] if step else [], training),step is not None
-    with found_as, torch.set_grad_enabled(grad):
-        for batch in _batches(batches, n_batches, per_sample, device):
-            some = True
+    with _as_found(model, batches, [*params.values()] if grad else [], training), torch.set_grad_enabled(grad):
+        drawn = _batches(batches, n_batches, per_sample, device)
+        if twice: drawn = list(drawn)
+        for n,batch in enumerate(drawn, 1):
+            if not grad and 'inputs' not in found: break
             with seeing_inputs(targets if 'inputs' in found else [], seen): out = run(model, batch, loss_func, n_inp)
-            if step is None: continue
-            step(dict(zip(params, torch.autograd.grad(_loss(out), [*params.values()], allow_unused=True))))
-    if not some: raise ValueError("batches= is empty, so there is no evidence")
+            grads = _gradients(_loss(out), params) if grad else {}
+            if step is not None: step(grads)
+            if twice:
+                for k,g in grads.items(): blend(mean, k, None if g is None else wide(g), n)
+        if not n: raise ValueError("batches= is empty, so there is no evidence")
+        if twice:
+            losses = (_loss(run(model, batch, loss_func, n_inp)) for batch in drawn)
+            found['hessian_grad'] = _hessian_times(mean, params, losses)
+    if 'synaptic_flow' in found:
+        inputs = batch if isinstance(batch, dict) else _split(model, batch, loss_func, n_inp)[0]
+        with undisturbed(model), torch.enable_grad(): found['synaptic_flow'] = _synaptic_flow(model, params, inputs)
     return found

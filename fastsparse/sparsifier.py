@@ -498,6 +498,7 @@ def _scores_of_step(self:Sparsifier, u, grads): # of the groups of a unit
 @patch
 def _evidence(self:Sparsifier, e, t): # what a criterion is given
     if e in ('layer','name'): return dict(layer=t.layer, name=t.name)[e]
+    if e == 'gamma': return self._gamma(t)
     x = self._remembered(e, t.name, t.weight)
     return spread_inputs(x, t.weight.shape) if e == 'inputs' else x
 
@@ -505,6 +506,24 @@ def _evidence(self:Sparsifier, e, t): # what a criterion is given
 def _remembered(self:Sparsifier, e, name, weight):
     if name not in self._memory[e]: raise ValueError(self._missing(e))
     return self._on(self._memory[e], name, weight)
+
+# %% ../nbs/09_sparsifier.ipynb #f69e36c5
+@patch
+def _gamma(self:Sparsifier, t): # of a target, spread over its weight
+    groups = output_groups(t.layer) if t.param == 'weight' else None
+    gamma = None if groups is None else torch.full((groups.n,), math.nan, device=t.weight.device)
+    for f in self._followers if groups is not None else ():
+        if f.attr != 'weight' or not isinstance(f.layer, nn.modules.batchnorm._NormBase): continue
+        for way in f.ways:
+            if [n for n,_ in way.needs] != [t.name]: continue # others have a part in it
+            at = way.needs[0][1].to(gamma.device)
+            gamma[at[at >= 0]] = f.tensor.detach().to(gamma)[at >= 0]
+    if gamma is None or gamma.isnan().any():
+        raise ValueError(f"the criterion {_name(self.criteria)} reads the gamma of the BatchNorm behind each output of "
+                         f"layer {t.layer_name!r}, and none is known; it is for whole outputs ('filter' or 'coupled') "
+                         "with a BatchNorm behind, which example_input= shows where the code does not; "
+                         "leave other layers out with exclude=")
+    return groups.expand(gamma[None])
 
 # %% ../nbs/09_sparsifier.ipynb #1d03fd28
 @patch
@@ -797,6 +816,29 @@ def _between(low, high, each, left, goal): # groups that each unit loses, one bu
             if left(more) <= goal: return min(lost, more, key=lambda k: abs(left(k) - goal))
             lost = more
     return list(high)
+
+# %% ../nbs/09_sparsifier.ipynb #222e5ff3
+@patch
+@check_options
+def prune_in_rounds(self:Sparsifier,
+    sparsity:float, # Percent of the targets' weights that shall be zero
+    batches, # As for `gather`; gone through in each round
+    loss_func:Callable|None=None, # As for `gather`
+    *,
+    rounds:int=100, # How many
+    round_to:int|None=None, # What remains of each layer is a multiple of this many groups
+    **kwargs, # As for `gather`
+):
+    "Gather and prune, again and again, each time by the same rate (Tanaka et al. 2020, for `synflow`)"
+    if type(rounds) is not int or rounds < 1:
+        raise ValueError(f"rounds={rounds!r} has to be a whole number, at least 1")
+    if isinstance(sparsity, (dict, Cost)):
+        raise ValueError(f"sparsity={sparsity!r}: rounds go by one percentage for all")
+    if iter(batches) is batches: batches = list(batches)
+    plan,left = self.plan(hint_percent(sparsity), round_to),1 - sparsity/100
+    for k in range(1, rounds+1):
+        self.gather(batches, loss_func, **kwargs)
+        self.advance(plan, (1 - left**(k/rounds))/(1 - left) if k < rounds and 0 < left < 1 else k/rounds)
 
 # %% ../nbs/09_sparsifier.ipynb #a1915b03
 @patch

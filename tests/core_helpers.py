@@ -5,6 +5,8 @@ from itertools import product
 import torch
 from torch import nn
 
+from fastsparse.criteria import available_criteria
+
 LAYERS = {
     'Conv1d': lambda: nn.Conv1d(4, 6, 3), 'Conv1d grouped': lambda: nn.Conv1d(4, 6, 3, groups=2), 'Conv1d depthwise': lambda: nn.Conv1d(4, 4, 3, groups=4),
     'Conv2d': lambda: nn.Conv2d(4, 6, (3, 2)), 'Conv2d grouped': lambda: nn.Conv2d(4, 6, (3, 2), groups=2), 'Conv2d depthwise': lambda: nn.Conv2d(4, 8, 3, groups=4),
@@ -101,6 +103,9 @@ def zeros(model): return sum(int((p == 0).sum()) for p in model.parameters())
 
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+CRITERIA = [n for n in available_criteria() if n != 'slimming'] # which asks for a BatchNorm behind each layer
 
 
 def invent(s):

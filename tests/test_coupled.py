@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from core_helpers import invent
+from core_helpers import CRITERIA, invent
 from fastai_helpers import Journal, fit, learner, net, quiet
 from hypothesis import given, settings, strategies as st
 from test_compact import Forward, equal, stir
@@ -16,7 +16,6 @@ import fastsparse.learner  # noqa: F401 (learn.compact)
 
 from fastsparse.callback import SparsifyCallback
 from fastsparse.compact import compact
-from fastsparse.criteria import available_criteria
 from fastsparse.flow import flow
 from fastsparse.granularity import Coupled, as_granularity
 from fastsparse.method import local
@@ -210,7 +209,7 @@ def test_another_example_may_show_other_things():
 
 # exact, and together
 
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', CRITERIA)
 @pytest.mark.parametrize('method', ['local', 'global'])
 def test_every_criterion_and_method(criterion, method):
     torch.manual_seed(1)

@@ -36,7 +36,8 @@ def test_what_the_others_read():
     assert evidence_of(C.large_final) == evidence_of(C.squared_final) == evidence_of(C.small_final) == () and evidence_of(C.random_score) == ('generator',)
 
 
-OF_EVIDENCE = dict(snip=('grad',), taylor=('grad',), gate=('grad',), mest=('grad',), fisher=('grad_squared',), movement_signed=('moved',), wanda=('inputs',)) # see test_evidence.py
+OF_EVIDENCE = dict(snip=('grad',), taylor=('grad',), gate=('grad',), mest=('grad',), fisher=('grad_squared',), movement_signed=('moved',), wanda=('inputs',), grasp=('hessian_grad',), synflow=('synaptic_flow',),
+    slimming=('gamma',), fpgm=('layer', 'name')) # see test_evidence.py
 
 
 def test_the_names_are_those_of_the_formulas_and_a_few_more():
@@ -96,7 +97,8 @@ def test_lamp_prunes_by_magnitude_within_a_layer_and_alike_where_layers_differ_i
 @pytest.mark.parametrize('name', available_criteria())
 def test_evidence_is_kept_only_if_read(name):
     kept = set(Sparsifier(linear(W), criteria=name).state_dict()) - {'masks'}
-    if name in OF_EVIDENCE: assert kept == {'steps', 'scores' if name in ('taylor', 'gate') else OF_EVIDENCE[name][0]}
+    if name in ('fpgm', 'slimming'): assert kept == set()
+    elif name in OF_EVIDENCE: assert kept == {'steps', 'scores' if name in ('taylor', 'gate') else OF_EVIDENCE[name][0]}
     else: assert kept == set(evidence_of(as_criterion(name))) - {'generator'}
 
 

@@ -56,6 +56,7 @@ LITERALS = [
     ('taylor', dict(granularity='row', per_sample=True), [[353.], [2738.03125]]),
     ('gate', dict(granularity='row', per_sample=True), [[17.], [44.125]]),
     ('fisher', dict(per_sample=True), [[58.5, 61.], [1499.0625, 8.515625]]),
+    ('grasp', {}, [[32.75, 33.5], [221.625, -4.]]), ('grasp', dict(batches=SINGLE), [[32.75, 33.5], [221.625, -4.]]), ('grasp', dict(per_sample=True), [[32.75, 33.5], [221.625, -4.]]),
     ('mest', {}, [[1.06, 2.055], [3.1475, .5025]]),
     ('movement_signed', dict(per_sample=True), [[3. - 15, -12. - 10], [-12. - 76.5, -4. + 4.25]]),
 ]
@@ -233,7 +234,7 @@ def test_a_granularity_that_reduces_in_its_own_way_reduces_scores_of_weights():
     close(s._memory['scores']['weight'], [[121., 1958.0625]])
 
 
-@pytest.mark.parametrize('criteria', ['taylor', 'snip', 'mest', 'fisher', 'movement_signed', 'wanda'])
+@pytest.mark.parametrize('criteria', ['taylor', 'snip', 'mest', 'fisher', 'movement_signed', 'wanda', 'grasp', 'synflow'])
 def test_pieces_rank_as_the_whole(criteria):
     torch.manual_seed(0)
     m, f = nn.Sequential(nn.Linear(700, 500), nn.ReLU(), nn.Linear(500, 600)), as_criterion(criteria)
@@ -249,6 +250,156 @@ def test_pieces_rank_as_the_whole(criteria):
         masks.append(s.masks)
     assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
     assert sum(int((~k).sum()) for k in masks[0].values()) == .9*650_000
+
+
+# -- without data
+
+W2 = [[2., -1.], [0., 4.]]
+
+
+def two_layers(between=nn.ReLU): return nn.Sequential(linear(*W), between(), linear(*W2))
+
+
+def flow_scores(model, **kwargs):
+    s = Sparsifier(model, criteria='synflow')
+    s.gather([torch.randn(3, 2)], **kwargs)
+    return {n: C.synflow(t.weight, s._memory['synaptic_flow'][n]) for n, t in s.targets.items()}
+
+
+@pytest.mark.parametrize('between', [nn.ReLU, nn.Identity, nn.Dropout])
+def test_literal_synaptic_flow(between):
+    got = flow_scores(two_layers(between))
+    close(got['0.weight'], [[2., 4.], [15., 2.5]])
+    close(got['2.weight'], [[6., 3.5], [0., 14.]])
+    assert all(x.sum() == 23.5 for x in got.values()), 'what flows through a layer is the same everywhere'
+
+
+def test_buffers_and_biases_flow_too_and_all_is_as_it_was():
+    m = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).train()
+    m[1].running_mean.fill_(-.1), m[1].weight.data.neg_()
+    before = state_of(m)
+    flow_scores(m)
+    assert equal(before, state_of(m)) and m.training
+
+
+def test_a_deep_network_overflows_nothing():
+    torch.manual_seed(0)
+    m = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(60)])
+    got = flow_scores(nn.Sequential(nn.Linear(2, 64), m))
+    assert all(x.isfinite().all() and (x > 0).all() for x in got.values()) and max(float(x.max()) for x in got.values()) > 1e20
+
+
+def test_tokens_have_no_synaptic_flow():
+    m = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    for batch in (torch.tensor([[1, 2]]), dict(input=torch.ones(2, 2))):
+        with pytest.raises(ValueError, match='real numbers; pass one sample for its shape'): Sparsifier(m, criteria='synflow').gather([batch])
+
+
+def authors(model, percent, rounds):
+    "SynFlow's algorithm 1, by its description"
+    weights = [m.weight for m in model if isinstance(m, nn.Linear)]
+    masks = [torch.ones_like(w) for w in weights]
+    for k in range(1, rounds+1):
+        ws = [(w.detach()*m).abs().double().requires_grad_() for w, m in zip(weights, masks, strict=True)]
+        out = torch.ones(1, ws[0].shape[1], dtype=torch.double)
+        for w in ws: out = out@w.T
+        out.sum().backward()
+        scores = torch.cat([(w*w.grad).detach().flatten() for w in ws])
+        keep = round(len(scores)*(1 - percent/100)**(k/rounds))
+        best = torch.zeros_like(scores).index_fill_(0, scores.sort(stable=True).indices[len(scores)-keep:], 1)
+        masks = [b.view_as(w) for b, w in zip(best.split([w.numel() for w in weights]), weights, strict=True)]
+    return masks
+
+
+def only_lowest(scores, n, step, wanted, floor):
+    "One ranking, without a floor"
+    return scores.lowest(round(sum(wanted)), step)
+
+
+@pytest.mark.parametrize('percent,rounds', [(50, 1), (80, 10), (95, 30)])
+def test_rounds_of_synaptic_flow_are_those_of_the_authors(percent, rounds):
+    torch.manual_seed(3)
+    m = nn.Sequential(nn.Linear(8, 20, bias=False), nn.ReLU(), nn.Linear(20, 12, bias=False), nn.ReLU(), nn.Linear(12, 4, bias=False))
+    want = authors(m, percent, rounds)
+    s = Sparsifier(m, 'weight', only_lowest, 'synflow')
+    s.prune_in_rounds(percent, [torch.ones(1, 8)], rounds=rounds)
+    assert all(torch.equal(k, w.bool()) for k, w in zip(s.masks.values(), want, strict=True))
+
+
+@pytest.mark.parametrize('criteria,granularity', [('synflow', 'weight'), ('synflow', 'filter'), ('snip', 'weight'), ('taylor', 'filter'), ('wanda', 'weight')])
+def test_rounds_meet_the_target_and_tell_once(criteria, granularity):
+    s = Sparsifier(net(), granularity, criteria=criteria, layers=nn.Conv2d)
+    data = ((torch.randn(4, 1, 8, 8), torch.arange(4)) for _ in range(2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        s.prune_in_rounds(75, data, F.cross_entropy, rounds=4)
+    assert s.sparsity() == pytest.approx(75, abs=.2 if granularity == 'weight' else 5) and len(said) <= 2
+
+
+def test_rounds_of_no_use():
+    s = Sparsifier(net(), criteria='synflow')
+    for bad in (0, 2.5, None):
+        with pytest.raises(ValueError, match='has to be a whole number'): s.prune_in_rounds(50, [torch.ones(1, 1, 8, 8)], rounds=bad)
+    for bad in ({'0': 50}, .5):
+        with pytest.raises(ValueError, match='rounds go by one percentage|did you mean 50'): s.prune_in_rounds(bad, [torch.ones(1, 1, 8, 8)])
+    s.prune_in_rounds(0, [torch.ones(1, 1, 8, 8)], rounds=2)
+    assert s.sparsity() == 0
+
+
+# -- beside its BatchNorm, and beside the others
+
+def test_slimming_goes_by_the_batchnorm_behind():
+    m = net()
+    m[1].weight.data = torch.tensor([.5, -3, .1, 2, -.2, 4, 1, 5])
+    m[4].weight.data = torch.linspace(-1, 1, 16)
+    for granularity in ('filter', 'coupled', 'output'):
+        twin = copy.deepcopy(m)
+        s = Sparsifier(twin, granularity, 'local', 'slimming', layers=['0', '3'], example_input=torch.randn(2, 1, 8, 8))
+        s.prune_model(50)
+        assert [i for i, k in enumerate(s.masks['0.weight'].flatten(1).any(1)) if not k] == [0, 2, 4, 6]
+        assert s.masks['3.weight'].flatten(1).any(1).tolist() == [True]*4 + [False]*8 + [True]*4
+        s.prune_model(75)
+        assert [i for i, k in enumerate(s.masks['0.weight'].flatten(1).any(1)) if k] == [5, 7], 'the gammas of what went are zero now'
+
+
+def test_slimming_in_a_fit():
+    cb = SparsifyCallback(50, 'coupled', 'local', criteria='slimming', schedule=at_last)
+    learn = learner(net(), loaders(3))
+    learn.model[1].weight.data = torch.tensor([5., 3, .1, 2, .2, 4, .3, .4])
+    fit(learn, 1, cbs=cb)
+    assert cb.sparsifier.masks['0.weight'].flatten(1).any(1).tolist() == [True, True, False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter', 'row'])
+def test_slimming_needs_a_batchnorm_behind_each_output(granularity):
+    m = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4*36, 3))
+    with pytest.raises(ValueError, match=r"the gamma of the BatchNorm behind each output of layer '[03]', and none is known; it is for whole outputs"):
+        Sparsifier(m, granularity, 'local', 'slimming').prune_model(50)
+
+
+@pytest.mark.parametrize('make', [lambda: nn.Linear(3, 5), lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose1d(3, 4, 2), lambda: nn.Conv1d(2, 5, 3)])
+def test_fpgm_is_the_sum_of_distances_to_the_other_outputs(make):
+    torch.manual_seed(0)
+    layer = make()
+    w, groups = layer.weight.detach(), getattr(layer, 'groups', 1)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd): by_output = torch.cat([x.transpose(0, 1) for x in w.chunk(groups)])
+    else: by_output = w
+    filters = by_output.flatten(1)
+    want = torch.stack([sum((a - b).norm() for b in filters) for a in filters])
+    got = C.fpgm(w, layer, 'some.layer.weight')
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd): got = torch.cat([x.transpose(0, 1) for x in got.chunk(groups)])
+    assert torch.allclose(got.flatten(1), want[:, None].expand(-1, filters.shape[1]), rtol=1e-4)
+
+
+def test_fpgm_spares_what_is_unlike_the_others():
+    layer = nn.Conv2d(1, 5, 1, bias=False)
+    layer.weight.data = torch.tensor([9., 10, 11, 100, -80]).view(5, 1, 1, 1)
+    Sparsifier(layer, 'filter', 'local', 'fpgm').prune_model(40)
+    assert [i for i, w in enumerate(layer.weight.flatten().tolist()) if w] == [2, 3, 4] or [i for i, w in enumerate(layer.weight.flatten().tolist()) if w] == [0, 3, 4]
+    for granularity, m in (('output', nn.LSTM(3, 4)), ('unit', nn.GRU(3, 4)), ('coupled', net())):
+        s = Sparsifier(m, granularity, 'local', 'fpgm', example_input=torch.randn(2, 1, 8, 8) if granularity == 'coupled' else None)
+        s.prune_model(50)
+        assert 40 < s.sparsity() < 60
 
 
 # -- missing, and wrong
@@ -277,7 +428,7 @@ def test_what_reads_nothing_gathers_nothing():
 
 
 def test_every_name_that_a_criterion_may_ask_for_is_served():
-    assert set(EVIDENCE) == {'initial', 'previous', 'generator', 'layer', 'name', *GATHERED}
+    assert set(EVIDENCE) == {'initial', 'previous', 'generator', 'gamma', 'layer', 'name', *GATHERED}
 
 
 def test_a_criterion_is_told_its_layer_and_its_name():
@@ -435,7 +586,7 @@ def test_gather_leaves_everything_as_it_was(criteria, training, trouble):
         if trouble == 'interrupt' and next(n): raise KeyboardInterrupt
         return F.mse_loss(out, y)
     given = failing(batches) if trouble == 'batches' else batches
-    if trouble is None: s.gather(given, loss, training=training)
+    if trouble is None or criteria == 'synflow': s.gather(given, loss, training=training) # which goes no further than the shape of a sample
     else:
         with pytest.raises((KeyError, RuntimeError, KeyboardInterrupt)): s.gather(given, loss, training=training)
         assert equal(old, s.state_dict())
@@ -628,7 +779,7 @@ def test_gradients_of_pruned_weights_are_seen_and_yet_not_stepped_with():
 
 
 @pytest.mark.parametrize('schedule', ['one_shot', 'taper', 'agp', 'iterative', lambda pos: float(pos > 0)])
-@pytest.mark.parametrize('criteria', ['taylor', 'wanda'])
+@pytest.mark.parametrize('criteria', ['taylor', 'wanda', 'grasp', 'synflow'])
 @pytest.mark.parametrize('batches,epochs', [(1, 1), (2, 1), (3, 2)])
 def test_the_target_is_reached_in_the_shortest_fits(criteria, schedule, batches, epochs):
     learn, cb = learner(net(), loaders(batches)), SparsifyCallback(70, criteria=criteria, schedule=schedule)
@@ -672,7 +823,7 @@ def test_inputs_are_those_of_the_batch_at_which_masks_are_made():
     assert not kept[-1]['inputs'], 'not gathered while no masks are made'
 
 
-@pytest.mark.parametrize('criteria', ['wanda', 'taylor', 'snip'])
+@pytest.mark.parametrize('criteria', ['wanda', 'taylor', 'snip', 'grasp', 'synflow'])
 def test_a_fit_is_not_changed_by_looking(criteria):
     "The same masks from scores that were made before, with the same steps: weights agree bit by bit"
     model, weights = net(), []

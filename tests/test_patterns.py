@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import bits, invent, linear, rows
+from core_helpers import CRITERIA, bits, invent, linear, rows
 from torch import nn
 
-from fastsparse.criteria import as_criterion, available_criteria, evidence_of
+from fastsparse.criteria import as_criterion, evidence_of
 from fastsparse.granularity import NM, as_granularity
 from fastsparse.patterns import Block, has_pattern, pattern_breaks, transposable_mask
 from fastsparse.schedule import as_schedule, available_schedules
@@ -108,7 +108,7 @@ def pruned(model, pattern, percent, method='local', criterion='large_final'):
     return s, {n: log.get(t.weight.data_ptr(), torch.zeros_like(t.weight)) for n, t in s.targets.items()} # where all stay, nothing is asked
 
 
-SCORING = [n for n in available_criteria() if not hasattr(as_criterion(n), 'each_step') and 'inputs' not in evidence_of(as_criterion(n))] # asked when the masks are made, of every layer
+SCORING = [n for n in CRITERIA if not hasattr(as_criterion(n), 'each_step') and 'inputs' not in evidence_of(as_criterion(n))] # asked when the masks are made, of every layer
 NMS = [NM(2, 4), NM(1, 4), NM(1, 2, 'out'), NM(3, 4, pad=True), NM(2, 3, pad=True), NM(1, 5, 'out', pad=True)]
 BLOCKS = [Block(4, 4), Block(2, 2, 'max'), Block(1, 4), Block(4, 1, 'max'), Block(2, 4)]
 MATRICES = {'fc.weight', 'conv.weight', 'grouped.weight', 'up.weight', 'up_grouped.weight', 'lstm.weight_ih_l0', 'lstm.weight_hh_l0', 'attention.in_proj_weight', 'attention.out_proj.weight'}

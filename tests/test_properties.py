@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from core_helpers import DTYPES, invent, same
-from fastsparse.criteria import available_criteria
+from core_helpers import CRITERIA, DTYPES, invent, same
 from fastsparse.granularity import NM, available_granularities
 from fastsparse.mask import Scores, keep_mask
 from fastsparse.schedule import Schedule, Steps, available_schedules, as_schedule
@@ -44,7 +43,7 @@ def sparsifiers(draw, names=None):
     model = nn.Sequential(*draw(st.lists(layers(), min_size=1, max_size=4))).to(draw(st.sampled_from(DTYPES)))
     common = [n for n in available_granularities() if any(n in available_granularities(m) for m in model)]
     torch.manual_seed(draw(st.integers(0, 99)))
-    s = invent(Sparsifier(model, draw(st.sampled_from(common)), draw(st.sampled_from(['local', 'global'])), draw(st.sampled_from(available_criteria()))))
+    s = invent(Sparsifier(model, draw(st.sampled_from(common)), draw(st.sampled_from(['local', 'global'])), draw(st.sampled_from(CRITERIA))))
     move(s, draw(st.floats(0, 1)))
     return s
 
@@ -163,7 +162,7 @@ def test_the_same_is_pruned_the_same(s, percent):
 
 
 @few
-@given(st.lists(layers(), min_size=1, max_size=3), st.sampled_from(DTYPES), st.sampled_from([(1, 2), (2, 4), (1, 3), (3, 5)]), st.sampled_from(available_criteria()))
+@given(st.lists(layers(), min_size=1, max_size=3), st.sampled_from(DTYPES), st.sampled_from([(1, 2), (2, 4), (1, 3), (3, 5)]), st.sampled_from(CRITERIA))
 def test_nm_loses_exactly_as_many_of_each_block(made, dtype, nm, criteria):
     model, pattern = nn.Sequential(*made).to(dtype), NM(*nm)
     fits = [i for i, m in enumerate(model) if (m.in_features if isinstance(m, nn.Linear) else m.in_channels//m.groups) % pattern.m == 0]

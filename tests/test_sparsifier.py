@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from core_helpers import DTYPES, EACH, LAYERS, PERCENTS, bits, fill, invent, linear, naive_groups, naive_mask, nearest, rows, same, small_net
-from fastsparse.criteria import available_criteria, elementwise, large_final
+from core_helpers import CRITERIA, DTYPES, EACH, LAYERS, PERCENTS, bits, fill, invent, linear, naive_groups, naive_mask, nearest, rows, same, small_net
+from fastsparse.criteria import elementwise, large_final
 from fastsparse.granularity import NM, Granularity
 from fastsparse.mask import PIECE
 from fastsparse.plan import Plan, SparsityWarning, check_sparsity
@@ -91,7 +91,7 @@ def test_the_same_again_gives_the_same(method):
     assert same(*masks)
 
 
-@pytest.mark.parametrize('criteria', available_criteria())
+@pytest.mark.parametrize('criteria', CRITERIA)
 def test_every_criterion_meets_the_target(criteria):
     model = small_net()
     s = invent(Sparsifier(model, criteria=criteria))

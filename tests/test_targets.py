@@ -5,14 +5,13 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import invent
+from core_helpers import CRITERIA, invent
 from fastai_helpers import Journal, fit, learner, regrown
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._pytree import tree_leaves
 
 from fastsparse.callback import PlanCallback, SparsifyCallback
-from fastsparse.criteria import available_criteria
 from fastsparse.granularity import NM, Outputs, _layer_types, available_granularities, layer_type, prunable_params, register_layer
 from fastsparse.report import sparsity_report
 from fastsparse.select import find_targets, places
@@ -175,7 +174,7 @@ def test_two_of_four_along_the_input():
     for t in s.targets.values(): assert ((t.weight != 0).view(-1, 4).sum(1) == 2).all()
 
 
-@pytest.mark.parametrize('criterion', available_criteria())
+@pytest.mark.parametrize('criterion', CRITERIA)
 def test_every_criterion(criterion):
     s = invent(Sparsifier(make('attention'), criteria=criterion))
     for t in s.targets.values(): t.parameter.data.add_(torch.randn_like(t.weight)*.1)

@@ -9,10 +9,10 @@ from fastai.callback.core import Callback
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from core_helpers import bits, invent, linear, same
+from core_helpers import CRITERIA, bits, invent, linear, same
 from fastai_helpers import On, column, conv, fit, learner, loaders, seed, state_of
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
-from fastsparse.criteria import available_criteria, as_criterion
+from fastsparse.criteria import as_criterion
 from fastsparse.mask import ZeroHolder
 from fastsparse.method import floors, least_kept
 from fastsparse.plan import UnknownOption, erk
@@ -300,7 +300,7 @@ def test_parameters_that_are_assigned_anew_are_still_masked():
 
 # pruned stays pruned
 
-@pytest.mark.parametrize('criteria', available_criteria())
+@pytest.mark.parametrize('criteria', CRITERIA)
 @pytest.mark.parametrize('method', ['local', 'global'])
 @pytest.mark.parametrize('granularity', ['weight', 'row'])
 def test_pruned_weights_stay_pruned_whatever_became_of_them(criteria, method, granularity):
