@@ -314,7 +314,8 @@ def _dry(self:SparsifyCallback, model, example, learn):
     return made,made.dry_run(self.sparsity, self.round_to)
 
 def _gather(sparsifier, learn): # what its criterion reads beside the weights, from one batch
-    if sparsifier._gathers and isinstance(learn, Learner): sparsifier.gather(learn.dls.train, learn.loss_func, n_batches=1)
+    if not sparsifier._gathers or not isinstance(learn, Learner): return
+    sparsifier.gather(learn.dls.train, learn.loss_func, n_batches=1)
 
 # %% ../nbs/12_callback.ipynb #2a356e7e
 @patch
