@@ -162,6 +162,16 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(at, tmp_path):
     assert same(state_of(other.model), load(tmp_path/'a', 'trained_02'))
 
 
+def test_random_criteria_go_on_with_their_own_random_numbers(tmp_path):
+    first = tickets(shuffled(), tmp_path, 1, 1, criteria='random_score')
+    state = json.loads((tmp_path/'state.json').read_text())
+    (tmp_path/'state.json').write_text(json.dumps({**state, 'rows': state['rows'][:1]}))
+    for f in tmp_path.glob('*_01.pth'): f.unlink()
+    learn = shuffled()
+    torch.manual_seed(99)
+    assert tickets(learn, tmp_path, 1, 1, criteria='random_score', resume=True).rows == first.rows
+
+
 def test_more_rounds_and_other_controls_go_on(tmp_path):
     short = tickets(shuffled(), tmp_path/'a', 1, controls=())
     longer = tickets(shuffled(), tmp_path/'a', 2, resume=True)
