@@ -538,6 +538,7 @@ def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, a
     with torch.autocast(next(s.model.parameters()).device.type, enabled=False), whole(s.model):
         try: s.watch(few)
         except ValueError: s.watch(tuple(given if is_gan(s.model) else self.xb)) # that cannot be cut, or needs targets
+    s._example = None # no batch outlives its step
     if waited:
         self._set_out(s)
         self._begun()

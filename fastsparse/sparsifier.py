@@ -169,6 +169,8 @@ class Sparsifier(MaskHolder):
         start = self._start_coupled if isinstance(self.granularity, Coupled) else self._start
         start(example_input)
 
+    def __getstate__(self): return {**vars(self), '_example': None} # data do not travel
+
 _frozen = 'frozen (requires_grad=False), so what is pruned there could not heal'
 
 def check_model(

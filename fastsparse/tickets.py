@@ -8,9 +8,9 @@ Docs: https://fastsparse.github.io/fastsparse/tickets.html.md"""
 __all__ = ['TicketCallback', 'LotteryReport', 'lottery_ticket']
 
 # %% ../nbs/19c_tickets.ipynb #b49b492a
-import hashlib, json, os, random, warnings
+import hashlib, json, os, random, re, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
@@ -308,7 +308,8 @@ def _check(learn, rounds, epochs, rate, rewind_epoch, fit, controls, cbs):
                                              "each with a folder= of its own")
 
 # %% ../nbs/19c_tickets.ipynb #7b493492
-def _name(f): # also of a partial function
+def _name(f): # also of a partial function; of a value all that it says, but for addresses
+    if is_dataclass(f): return re.sub(' at 0x[0-9a-f]+', '', repr(f))
     more = ''.join(f', {k}={v!r}' for k,v in getattr(f, 'keywords', {}).items())
     return (f if isinstance(f, str) else getattr(getattr(f, 'func', f), '__name__', type(f).__name__)) + more
 
