@@ -766,10 +766,10 @@ def _dry(self:PlanCallback, model, example, learn):
 # %% ../nbs/12_callback.ipynb #3f542c81
 @patch
 def save_sparse(self:Learner,
-    file:str|Path, # Name without an ending; the file will stand in `learn.path/learn.model_dir`
+    file:str|Path, # Name, with or without `.safetensors`; the file will stand in `learn.path/learn.model_dir`
     values:str|None=None, # 'float16' or 'bfloat16' rounds the kept values; None keeps every bit
 ) -> SavedFile: # What was written; only the first process of a distributed run writes
     "Write the weights to a file in which zeros take next to no room"
     if rank_distrib(): return
-    path = join_path_file(file, self.path/self.model_dir, ext='.safetensors')
+    path = join_path_file(str(file).removesuffix('.safetensors'), self.path/self.model_dir, ext='.safetensors')
     return save_state(get_model(self.model), path, values)
