@@ -297,7 +297,8 @@ def dry_run(self:SparsifyCallback,
     example_input=None, # What the model takes; None for two samples of the first batch, if there is one
 ) -> DryRun: # A report of every tensor of two or more axes
     "What a fit with this callback would come to, judged by the weights as they are now"
-    alone = isinstance(learn, torch.nn.Module)
+    alone = not isinstance(learn, Learner)
+    if alone: check_model(learn)
     example = first_inputs(learn) if example_input is None and not alone else example_input
     with whole(model := get_model(learn if alone else learn.model)): made,run = self._dry(model, example, learn)
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
