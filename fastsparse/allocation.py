@@ -17,7 +17,7 @@ from .ends import ends, first_layer, last_layer
 from .method import as_method
 from .plan import Count, check_options, check_sparsity
 from .plan import _check_percent, _one_for_all, _percent_of
-from .select import check_selector, select_tensors, tensor_id
+from .select import check_selector, select_tensors, selector_name, tensor_id
 
 # %% ../nbs/08a_allocation.ipynb #0c9566d8
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _of_each(bound, model, units, what): # name of a unit to what the bound says
         ids = {p.id for p in select_tensors(model, selector, f'{what} key')}
         meant = {u.name: v for u in units if any(tensor_id(t.layer, t.param) in ids for t in u.parts)}
         if not meant:
-            raise ValueError(f"{what} key {selector!r} means none of the layers to prune, "
+            raise ValueError(f"{what} key {selector_name(selector, model)!r} means none of the layers to prune, "
                              f"which are {', '.join(u.layer_name for u in units)}")
         found |= meant
     return {n: v for n,v in found.items() if v is not None}

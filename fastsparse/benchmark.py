@@ -201,7 +201,9 @@ def _named(models): # {name: model}, whatever holds the models
     models = {name: getattr(m, 'model', None) if not isinstance(m, nn.Module) else m for name,m in models.items()}
     for name,m in models.items():
         if not isinstance(m, nn.Module):
-            raise ValueError(f"{name!r} is neither a PyTorch module nor a value that holds one as its model")
+            what = 'models' if name is None else repr(name)
+            raise ValueError(f"{what} is neither a PyTorch module nor a value that holds one as its model, "
+                             "nor a dict of these by name")
         _check_model(unwrap(m))
     return {n: unwrap(m) for n,m in models.items()}
 
@@ -221,9 +223,9 @@ def benchmark(
     "Time, memory, multiply-adds and bytes of models, measured in turns on this machine"
     if models == {}: raise ValueError("no models to compare; pass one, or a dict of names and models")
     alone,notes = not isinstance(models, dict),[]
-    models,example = _named({'masked': models} if alone else models),plain(example_input)
+    models,example = _named({None: models} if alone else models),plain(example_input)
     for m in models.values(): _check_example(m, example_input)
-    if alone: models,notes = _forms(models['masked'], example)
+    if alone: models,notes = _forms(models[None], example)
     times = time_models(list(models.values()), example, seconds)
     rows = tuple(_measured(n, m, example, t) for (n,m),t in zip(models.items(), times))
     x = next(tensors_in(example))

@@ -297,7 +297,8 @@ def dry_run(self:SparsifyCallback,
     example_input=None, # What the model takes; None for two samples of the first batch, if there is one
 ) -> DryRun: # A report of every tensor of two or more axes
     "What a fit with this callback would come to, judged by the weights as they are now"
-    alone = isinstance(learn, torch.nn.Module)
+    alone = not isinstance(learn, Learner)
+    if alone: check_model(learn)
     example = first_inputs(learn) if example_input is None and not alone else example_input
     with whole(model := get_model(learn if alone else learn.model)): made,run = self._dry(model, example, learn)
     frozen = [n for n,t in made.targets.items() if not t.parameter.requires_grad]
@@ -538,6 +539,7 @@ def _watch_first_batch(self:SparsifyCallback): # what goes with whole outputs, a
     with torch.autocast(next(s.model.parameters()).device.type, enabled=False), whole(s.model):
         try: s.watch(few)
         except ValueError: s.watch(tuple(given if is_gan(s.model) else self.xb)) # that cannot be cut, or needs targets
+    s._example = None # no batch outlives its step
     if waited:
         self._set_out(s)
         self._begun()
@@ -765,10 +767,10 @@ def _dry(self:PlanCallback, model, example, learn):
 # %% ../nbs/12_callback.ipynb #3f542c81
 @patch
 def save_sparse(self:Learner,
-    file:str|Path, # Name without an ending; the file will stand in `learn.path/learn.model_dir`
+    file:str|Path, # Name, with or without `.safetensors`; the file will stand in `learn.path/learn.model_dir`
     values:str|None=None, # 'float16' or 'bfloat16' rounds the kept values; None keeps every bit
 ) -> SavedFile: # What was written; only the first process of a distributed run writes
     "Write the weights to a file in which zeros take next to no room"
     if rank_distrib(): return
-    path = join_path_file(file, self.path/self.model_dir, ext='.safetensors')
+    path = join_path_file(str(file).removesuffix('.safetensors'), self.path/self.model_dir, ext='.safetensors')
     return save_state(get_model(self.model), path, values)

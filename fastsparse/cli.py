@@ -25,7 +25,7 @@ from .files import (check_claim, check_tensor, dtype_name, load_sparse, raw_byte
 from .granularity import did_you_mean
 from .mask import Scores, apply_mask
 from .method import allocate, as_method
-from .plan import check_sparsity
+from .plan import Cost, Count, check_sparsity
 from .report import LayerReport, SparsityReport, _mb
 
 # %% ../nbs/15_cli.ipynb #2d4abe23
@@ -184,20 +184,29 @@ def _targets(state, exclude):
         if t.isnan().any(): raise ValueError(f"NaN in {n!r}: its weights cannot be ranked")
     return found
 
+def _check_no_layers(sparsity, method): # what can be done without the layers
+    fix = "only a model has, and the file does not; PlanSparsifier and Sparsifier take one"
+    if isinstance(sparsity, (dict,Cost)): raise UsageError(f"sparsity={sparsity} goes by layers, which {fix}")
+    if getattr(method, 'rows', None) or hasattr(method, 'most'):
+        name = getattr(method, '__name__', method)
+        raise UsageError(f"method {str(name)!r} goes by layers, which {fix}; choose 'global', 'local' or 'owl'")
+
 def prune_state(
     state:dict, # A state dict; it stays as it is
-    sparsity:float, # Percent of the weights that shall be zero
-    method='global', # 'global' ranks all weights together, 'local' treats tensors alike
+    sparsity:float|Count, # Percent of the weights that shall be zero, or their `Count`
+    method='global', # 'global' ranks all weights together, 'local' treats tensors alike, 'owl' goes by outliers
     exclude=(), # Names and patterns to leave dense
 ) -> dict: # A state dict with zeros
     "Make the smallest weights of a state dict zero"
     try: check_sparsity(sparsity); method = as_method(method)
     except ValueError as e: raise UsageError(str(e)) from e
-    if getattr(method, 'rows', None): raise UsageError("'per_output' needs to know the layers; a Sparsifier does")
+    _check_no_layers(sparsity, method)
     found = _targets(state, exclude)
     targets = [t.detach().clone() for t in found.values()]
     n,scores = [t.numel() for t in targets],_Magnitudes(targets)
-    lost = allocate(method, scores, n, [1]*len(n), [k*sparsity/100 for k in n])
+    try: each = sparsity.percents(n, list(found)) if isinstance(sparsity, Count) else [sparsity]*len(n)
+    except ValueError as e: raise UsageError(str(e)) from e
+    lost = allocate(method, scores, n, [1]*len(n), [k*p/100 for k,p in zip(n, each)])
     for i,(t,k) in enumerate(zip(targets, lost)): apply_mask(t, scores.keep(i, k).view(t.shape))
     pruned = {tensor_place(t): new for t,new in zip(found.values(), targets)}
     return {n: pruned.get(tensor_place(t), t) if isinstance(t, torch.Tensor) else t for n,t in state.items()}
@@ -281,7 +290,7 @@ def prune(
     file:str, # A file of weights: .pth, .pt, .safetensors
     sparsity:float=None, # Percent of the weights that shall be zero, such as 90
     out:str=None, # The file to write, with the ending .pth, .pt or .safetensors
-    method:str='global', # global ranks all weights together, local treats tensors alike
+    method:str='global', # global ranks all weights together, local treats tensors alike, owl goes by outliers
     exclude:str=None, # Tensors or layers to leave dense: names and patterns separated by commas, such as 'fc,*.conv1'
     force:bool=False, # Overwrite the file if it exists
     json:bool=False, # Print JSON instead of a table

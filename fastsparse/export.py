@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from .compact import _random_like, relative_difference
+from .accelerate import SemiStructuredLinear, SparseConv, SparseLinear
 from .files import written_whole
 from .report import _mb
 from .watch import _check_example, _check_model, arguments, call, map_tensors, named_tensors
@@ -42,6 +43,7 @@ class OnnxModel(nn.Module):
         _,ort = onnx_libraries()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 4 # what fails is raised
         self.session = ort.InferenceSession(str(path), options, providers=list(providers))
         self.inputs = {i.name: tuple(i.shape) for i in self.session.get_inputs()} # a size that may vary is a string
         self.place = nn.Parameter(torch.empty(0), requires_grad=False) # a Learner asks a parameter where the model is
@@ -178,6 +180,8 @@ def _program(model, example, axes, opset):
     shapes = torch.export.ShapesCollection()
     for t in tensors_in((args, kwargs)): shapes[t] = {d: torch.export.Dim.AUTO for d in axes if d < t.dim()}
     with undisturbed(model), _disable_current_modes():
+        for m in model.modules(): # which fastai has at the end of a U-Net, and torch cannot trace
+            if type(m).__name__ == 'ToTensorBase': m.forward = lambda x: x
         try:
             any_size = shapes.dynamic_shapes(model, args, kwargs) if axes else None
             if not kwargs: args = *args,{} # torch takes a last dict for keywords
@@ -185,6 +189,12 @@ def _program(model, example, axes, opset):
                                      dynamic_shapes=any_size)
         except Exception as e:
             raise ValueError(f"torch cannot export this model: {_first_line(e.__cause__ or e)}") from e
+
+def _check_layers(model):
+    own = [n or type(m).__name__ for n,m in model.named_modules()
+           if isinstance(m, (SparseLinear,SparseConv,SemiStructuredLinear))]
+    if own: raise ValueError(f"{', '.join(own[:5])}: made by accelerate, for this machine and torch; "
+                             "export the model that it was made of")
 
 def _check_size(model, most=2*10**9):
     if (size := sum(t.nbytes for t in named_tensors(model).values())) > most:
@@ -202,6 +212,7 @@ def export_onnx(
     "Write `model` to an ONNX file, if that returns the same outputs and has the same zeros"
     onnx_libraries()
     _check_model(model := unwrap(model))
+    _check_layers(model)
     _check_example(model, example_input)
     _check_size(model)
     cases = _cases(model, plain(example_input), dynamic_axes)

@@ -14,10 +14,11 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import AvgLoss, Learner, Recorder
-from fastai.torch_core import get_model, get_random_states, set_random_states
+from fastai.torch_core import get_model
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 from .callback import HoldingCallback, _acts
+from .learner import undrawn
 from .watch import _contents, _restore, undisturbed
 
 # %% ../nbs/19_measure.ipynb #a3973c70
@@ -52,15 +53,11 @@ def _number(v): # not a number where there is none
 # %% ../nbs/19_measure.ipynb #7b6fc2f8
 @contextmanager
 def _as_found(learn, dl):
-    before,states = [(o, _contents(o)) for o in (learn, *learn.cbs, *learn.metrics)],get_random_states()
-    rng = getattr(dl, 'rng', None) # each pass over the data makes another one
-    drawn = rng and rng.getstate()
+    before = [(o, _contents(o)) for o in (learn, *learn.cbs, *learn.metrics)]
     try:
-        with undisturbed(get_model(learn.model)): yield
+        with undrawn(dl), undisturbed(get_model(learn.model)): yield
     finally:
         for o,was in before: _restore(o, was)
-        if rng: dl.rng = rng; rng.setstate(drawn)
-        set_random_states(**states)
 
 def measure(
     learn:Learner, # With a model and validation data

@@ -117,7 +117,7 @@ def apportion(
     whole = [math.floor(a/s + 1e-9) for a,s in zip(amounts, step)]
     left = sum(amounts) - sum(k*s for k,s in zip(whole, step))
     for i in sorted(range(len(step)), key=lambda i: whole[i] - amounts[i]/step[i]):
-        if left < step[i]/2 - 1e-6: break
+        if left < step[i]/2 - 1e-6 or amounts[i]/step[i] - whole[i] < 1e-9: continue # a smaller group may still fit
         whole[i],left = whole[i]+1,left-step[i]
     return whole
 
@@ -228,6 +228,8 @@ class Owl:
         if not getattr(self._inner, 'own', False):
             raise ValueError(f"method={self.method!r} does not give each layer the share that Owl finds; "
                              "choose 'local' or 'per_output'")
+        if hasattr(self._inner, 'most'):
+            raise ValueError(f"method={self.method!r}: bounds go around Owl, such as Bounded('owl', 95), not into it")
 
 # %% ../nbs/03_method.ipynb #2fe1a5d1
 @patch

@@ -10,6 +10,7 @@ __all__ = ['SensitivityReport', 'sensitivity']
 # %% ../nbs/19a_sensitivity.ipynb #67280986
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from fastai.learner import Learner
 from fastai.torch_core import get_model, get_random_states, set_random_states
 from fastcore.basics import patch
@@ -80,6 +81,11 @@ def _try(learn, sparsifier, units, level, n_batches, dl):
                 level=float(level), **found)
 
 # %% ../nbs/19a_sensitivity.ipynb #465b52d5
+def _percent(p): # one number for each layer
+    check_sparsity(p)
+    if not isinstance(p, Real): raise ValueError(f"{p!r} is no percentage; it has to be a number, such as 80")
+    return float(p)
+
 @check_options
 def sensitivity(
     learn:Learner, # With a trained model; all of it is as it was afterwards
@@ -94,7 +100,7 @@ def sensitivity(
     "Prune each layer to each of `levels` by itself, measure, and put it back bit by bit"
     granularity = as_granularity(granularity)
     if isinstance(granularity, NM): levels = [granularity.percent] # a pattern has one
-    levels = sorted({float(p) for p in levels if not check_sparsity(p)} if hasattr(levels, '__iter__') else [])
+    levels = sorted(set(map(_percent, levels)) if hasattr(levels, '__iter__') else [])
     if not levels: raise ValueError("levels= has to be a list of percents to try, such as [50, 80, 90]")
     sparsifier = Sparsifier(get_model(learn.model), granularity, local, criteria, layers, exclude,
                             example_input=first_inputs(learn))
@@ -196,8 +202,7 @@ def _within(self:SensitivityReport, drop, by, higher_is_better):
 # %% ../nbs/19a_sensitivity.ipynb #4225fba4
 @patch
 def _adding_up(self:SensitivityReport, percent, by, higher_is_better):
-    check_sparsity(percent)
-    if not isinstance(percent, (int,float)) or not percent: raise ValueError(f"percent={percent!r} has to be above 0")
+    if not _percent(percent): raise ValueError(f"percent={percent!r} has to be above 0")
     layers = self.layers
     sizes = {n: rows[0]['weights'] for n,rows in layers.items()}
     curves = {n: _curve(rows, by, self.dense[by], higher_is_better) for n,rows in layers.items()}

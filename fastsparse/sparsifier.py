@@ -169,6 +169,8 @@ class Sparsifier(MaskHolder):
         start = self._start_coupled if isinstance(self.granularity, Coupled) else self._start
         start(example_input)
 
+    def __getstate__(self): return {**vars(self), '_example': None} # data do not travel
+
 _frozen = 'frozen (requires_grad=False), so what is pruned there could not heal'
 
 def check_model(
@@ -636,7 +638,8 @@ def _each(self:Sparsifier, sparsity, units):
             reasons = by_reason({p.label: self.left_dense[p.label] for p in meant if p.label in self.left_dense})
             why = '; '.join(f'{ns}: {reason}' for reason,ns in reasons.items())
             known = ', '.join(u.layer_name for u in units)
-            raise ValueError(f"sparsity key {selector!r} means none of the layers to prune"
+            key = selector_name(selector, self.model)
+            raise ValueError(f"sparsity key {key!r} means none of the layers to prune"
                              f"{f' ({why})' if why else ''}, which are {known}")
         asked |= found
     return {n: (i, v) for n,(i,v) in asked.items() if v is not None}

@@ -8,15 +8,15 @@ Docs: https://fastsparse.github.io/fastsparse/tickets.html.md"""
 __all__ = ['TicketCallback', 'LotteryReport', 'lottery_ticket']
 
 # %% ../nbs/19c_tickets.ipynb #b49b492a
-import hashlib, json, os, random, warnings
+import hashlib, json, os, random, re, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.torch_core import get_model, get_random_states, num_distrib, set_random_states, set_seed
+from fastai.torch_core import get_model, num_distrib, set_seed
 import fastai.callback.schedule # noqa: F401 (adds fit_one_cycle to Learner)
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -24,7 +24,7 @@ from .callback import HoldingCallback
 from .criteria import as_criterion, large_final, random_score
 from .distill import DistillCallback
 from .granularity import as_granularity
-from .learner import first_inputs
+from .learner import first_inputs, undrawn
 from .lottery import Snapshot, save_whole
 from .measure import check_measure, measure, with_bar, worse_by
 from .method import as_method, local
@@ -268,17 +268,13 @@ _controls = 'random mask','random weights'
 
 @contextmanager
 def _undone(learn): # where something goes wrong
-    was,opt,states = Snapshot(get_model(learn.model)),learn.opt,get_random_states()
-    rng = getattr(learn.dls.train, 'rng', None)
-    drawn = rng and rng.getstate()
-    try: yield
-    except BaseException:
-        was.restore(get_model(learn.model))
-        learn.opt = opt
-        raise
-    finally:
-        set_random_states(**states)
-        if rng: learn.dls.train.rng = rng; rng.setstate(drawn)
+    was,opt = Snapshot(get_model(learn.model)),learn.opt
+    with undrawn(learn.dls.train):
+        try: yield
+        except BaseException:
+            was.restore(get_model(learn.model))
+            learn.opt = opt
+            raise
 
 def _whole(what, v, least):
     if type(v) is not int or v < least: raise ValueError(f"{what}={v!r} has to be a whole number, at least {least}")
@@ -308,7 +304,8 @@ def _check(learn, rounds, epochs, rate, rewind_epoch, fit, controls, cbs):
                                              "each with a folder= of its own")
 
 # %% ../nbs/19c_tickets.ipynb #7b493492
-def _name(f): # also of a partial function
+def _name(f): # also of a partial function; of a value all that it says, but for addresses
+    if is_dataclass(f): return re.sub(' at 0x[0-9a-f]+', '', repr(f))
     more = ''.join(f', {k}={v!r}' for k,v in getattr(f, 'keywords', {}).items())
     return (f if isinstance(f, str) else getattr(getattr(f, 'func', f), '__name__', type(f).__name__)) + more
 

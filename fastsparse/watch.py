@@ -13,6 +13,7 @@ import inspect, random
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Iterator
 import numpy as np
 import torch
@@ -114,6 +115,10 @@ def _restore(m, before):
 def _same(a, b): return torch.equal(a, b) or bool(((a == b) | (a != a) & (b != b)).all())
 
 # %% ../nbs/06a_watch.ipynb #ba8da6fc
+def _held(model): # its modules, and plain objects of theirs, such as the hooks in which a U-Net stores activations
+    plain = lambda v: hasattr(v, '__dict__') and not callable(v) and not isinstance(v, (torch.Tensor, ModuleType))
+    return [o for m in model.modules() for o in (m, *filter(plain, vars(m).values()))]
+
 @contextmanager
 def undisturbed(
     model:nn.Module, # Any model
@@ -121,7 +126,7 @@ def undisturbed(
 ):
     "Run `model` here, in eval mode and without gradients; whatever happens, it and the random state are as they were"
     buffers = [(b, b.clone()) for b in model.buffers()] # a normalisation writes into them without saying so
-    before,python,numbers = [(m, _contents(m)) for m in model.modules()],random.getstate(),np.random.get_state()
+    before,python,numbers = [(o, _contents(o)) for o in _held(model)],random.getstate(),np.random.get_state()
     fast,guard = torch.backends.mha.get_fastpath_enabled(),_Guard(model.parameters())
     devices = {p.device for p in model.parameters() if p.device.type == 'cuda'}
     with ExitStack() as stack:
@@ -138,7 +143,7 @@ def undisturbed(
             torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(python)
             np.random.set_state(numbers)
-            for m,was in before: _restore(m, was)
+            for o,was in before: _restore(o, was)
             guard.put_back()
             for b,was in buffers:
                 if not _same(b, was): b.copy_(was)

@@ -78,6 +78,17 @@ def test_apportion_is_the_nearest_sum_and_no_share_is_off_by_a_group(parts):
     if set(step) == {1}: assert abs(sum(k) - sum(a)) <= .5 + 1e-6
 
 
+def test_what_a_large_group_cannot_make_up_for_smaller_ones_do():
+    assert apportion([8, 1.2], [20, 4]) == [0, 1] # of 9.2 a group of 20 is too much, and one of 4 is nearer than none
+    assert apportion([4, 4, 3], [10, 4, 1]) == [0, 1, 3] # what is whole already is not exceeded
+
+
+def test_an_example_is_no_part_of_a_pickle():
+    small, large = (Sparsifier(net(), exclude=first_layer, example_input=torch.randn(n, 3, 12, 12)) for n in (1, 500))
+    assert len(pickle.dumps(large)) < len(pickle.dumps(small)) + 100
+    large.prune_model({last_layer: 50}) # it is still there
+
+
 # so many weights
 
 @few
@@ -421,7 +432,8 @@ def test_weights_come_back_where_the_total_of_owl_falls():
 
 
 @pytest.mark.parametrize('bad,what', [(dict(M=-1), 'M=-1 has to be'), (dict(M='5'), 'M='), (dict(spread=200), 'from 0 to 100'), (dict(spread=True), 'spread=True'),
-    (dict(method='global'), "choose 'local' or 'per_output'"), (dict(method='owl'), "choose 'local' or 'per_output'"), (dict(method='x'), 'is unknown')])
+    (dict(method='global'), "choose 'local' or 'per_output'"), (dict(method='owl'), "choose 'local' or 'per_output'"), (dict(method='x'), 'is unknown'),
+    (dict(method=Bounded('local', 82)), 'bounds go around Owl')])
 def test_owl_refuses_what_makes_no_sense(bad, what):
     with pytest.raises(ValueError, match=what): Owl(**bad)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core_helpers import small_net
-from fastsparse import Sparsifier, load_sparse, save_sparse
+from fastsparse import Bounded, Count, MACs, Sparsifier, load_sparse, save_sparse
 from fastsparse.cli import UsageError, diff_states, main, prune_state, read_state, state_report
 
 root = Path(__file__).resolve().parent.parent
@@ -209,7 +209,20 @@ def test_half_precision_and_layouts():
     assert state_report(pruned).zeros == (288 + 256)//2 and pruned['a'].stride() == state['a'].stride() and pruned['fp8'] is state['fp8']
 
 
+@given(st.integers(0, 5112), st.sampled_from(['global', 'local', 'owl']))
+@settings(deadline=None, derandomize=True, max_examples=20, database=None)
+def test_so_many_weights(n, method):
+    state = small_net().state_dict()
+    n = min(n, state_report(state).weights)
+    assert state_report(prune_state(state, Count(n), method)).zeros == n
+
+
 # -- refused
+
+@pytest.mark.parametrize('sparsity,method', [({'0': 50}, 'local'), (MACs(50), 'global'), (50, 'per_output'), (50, Bounded('global', 60)), (Count(10**9), 'global')])
+def test_what_needs_the_layers_is_refused(sparsity, method):
+    with pytest.raises(UsageError, match='by layers|than there is'): prune_state(small_net().state_dict(), sparsity, method)
+
 
 WRONG = {
     'nothing': ([], 'a command is missing'), 'no command': (['prun', 'net.pth'], "did you mean 'prune'"), 'no argument': (['report'], 'required: file'),

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from fastai.torch_core import TensorImage
+from fastai.vision.models.unet import DynamicUnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime.quantization import QuantType
@@ -19,7 +20,7 @@ import fastsparse.export
 import fastsparse.learner  # noqa: F401 (learn.export_onnx)
 from core_helpers import small_net
 from fastai_helpers import BATCHES, On, fit, learner, net, percent, quiet, samples, throw
-from fastsparse import OnnxModel, Sparsifier, compact, export_onnx, fake_int8, quantize_onnx
+from fastsparse import OnnxModel, SparseLinear, Sparsifier, compact, export_onnx, fake_int8, quantize_onnx
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
 from fastsparse.export import _rounded_input, _rounded_weight
 from fastsparse.flow import flow
@@ -294,6 +295,20 @@ def fails(match, model, x, path, error=ValueError, **kwargs):
 def test_what_torch_cannot_export(tmp_path): fails('torch cannot export this model: .*data-dependent', Decides(3, 2), a, tmp_path/'m.onnx')
 def test_an_engine_that_cannot_run_it(tmp_path): fails('model.float', small_net().bfloat16(), torch.randn(2, 3, 12, 12).bfloat16(), tmp_path/'m.onnx')
 def test_a_learner_is_no_model(tmp_path): fails('did you mean learn.model', learner(), a, tmp_path/'m.onnx')
+def test_what_is_made_for_one_machine(tmp_path):
+    model = small_net()
+    fails('made by accelerate', nn.Sequential(*model[:-1], SparseLinear(model[-1])).eval(), a, tmp_path/'m.onnx')
+
+
+def test_a_unet_and_what_its_hooks_hold(tmp_path):
+    model = DynamicUnet(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()), 2, (16, 16)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(): model(x)
+    stored = [h.stored for h in model.sfs]
+    assert export_onnx(model, x, tmp_path/'m.onnx').difference < 1e-4
+    assert all(h.stored is s for h, s in zip(model.sfs, stored, strict=True)) and copy.deepcopy(model)(x).shape == (2, 2, 16, 16)
+
+
 def test_no_example(tmp_path): fails('no example_input', small_net(), None, tmp_path/'m.onnx')
 def test_no_folder(tmp_path): fails('is not a folder', Two(), (a, b), tmp_path/'none'/'m.onnx', FileNotFoundError)
 

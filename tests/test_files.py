@@ -135,6 +135,8 @@ def test_one_line_of_a_learner(tmp_path, monkeypatch):
     assert learn.save_sparse('half', values='float16').values == 'float16'
     monkeypatch.setattr('fastsparse.callback.rank_distrib', lambda: 1)
     learn.save_sparse('from another process')
+    monkeypatch.undo()
+    assert learn.save_sparse('small.safetensors').path == saved.path
     assert sorted(p.name for p in (tmp_path/'models').iterdir()) == ['half.safetensors', 'small.safetensors']
 
 

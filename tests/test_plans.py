@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from fastai_helpers import fit, learner, net
+from fastai_helpers import fit, learner, loaders, net
 from torch import nn
 
+from fastsparse.allocation import Bounded
 from fastsparse.callback import PlanCallback, SparsifyCallback
 from fastsparse.ends import first_layer, last_layer
 from fastsparse.plan import Count, MACs, Params, UnknownOption
@@ -186,6 +187,24 @@ def test_a_dry_run_is_what_will_be():
     assert d.all_zeros == s.report().all_zeros and [r.zeros for r in d.layers if r.plan] == [r.zeros for r in s.report().layers]
     assert [(r.name, r.key) for r in d.layers] == [('0.weight', '0'), ('3.weight', 'Conv2d'), ('8.weight', '8')] and d.layers[0].why == 'as its key says'
     assert d.layers[1].groups == (8, 16) and set(d.layers[1].follows) == {'3.bias', '4.weight', '4.bias'}
+
+
+@pytest.mark.parametrize('what', [{nn.Linear: dict(sparsity=50, criteria='snip')}, 50])
+def test_a_dry_run_that_gathers_uses_no_data_up(what):
+    learn = learner(dls=loaders(shuffle=True))
+    before = learn.dls.train.rng.getstate()
+    SparsifyCallback(what, criteria='snip').dry_run(learn)
+    assert learn.dls.train.rng.getstate() == before
+
+
+def test_a_dry_run_of_something_else():
+    with pytest.raises(ValueError, match='model is a list, not a PyTorch module'): SparsifyCallback(50).dry_run([1])
+
+
+def test_messages_name_types_as_one_would():
+    for ask in (lambda: Sparsifier(mlp(), exclude='0').prune_model({'0': 50}), lambda: Sparsifier(mlp(), layers='0', method=Bounded('local', {'2': 50})).prune_model(50)):
+        with pytest.raises(ValueError, match="key '.' means none"): ask()
+    with pytest.raises(ValueError, match="key 'Linear' means none"): Sparsifier(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), layers='0').prune_model({nn.Linear: 50})
 
 
 def test_a_dry_run_says_why_each_is_dense_and_by_which_key():

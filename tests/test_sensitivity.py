@@ -11,6 +11,7 @@ from fastai_helpers import fit, learner, loaders, net, percent, quiet, same, sam
 from fastsparse.callback import SparsifyCallback
 from fastsparse.granularity import NM
 from fastsparse.measure import measure
+from fastsparse.plan import Count, MACs
 from fastsparse.sensitivity import SensitivityReport, _bears, _curve, sensitivity
 from fastsparse.sparsifier import Sparsifier
 
@@ -210,7 +211,7 @@ def test_a_part_of_the_data():
 
 # -- mistakes
 
-@pytest.mark.parametrize('kwargs,message', [(dict(levels=[.5]), 'did you mean 50?'), (dict(levels=[]), 'list of percents'), (dict(levels=90), 'list of percents'), (dict(levels=[101]), 'out of range'),
+@pytest.mark.parametrize('kwargs,message', [(dict(levels=[.5]), 'did you mean 50?'), (dict(levels=[]), 'list of percents'), (dict(levels=90), 'list of percents'), (dict(levels=[101]), 'out of range'), (dict(levels=[Count(9)]), 'Count(9) is no percentage'), (dict(levels=[MACs(50)]), 'no percentage'),
     (dict(granularity='fliter'), 'choose one of'), (dict(layers='conv9'), 'matches no layer'), (dict(n_batches=0), 'n_batches=0'), (dict(sparsity=50), 'no argument')])
 def test_mistakes_are_told(kwargs, message):
     with pytest.raises((ValueError, TypeError)) as e: sensitivity(learner(), **kwargs)
@@ -218,7 +219,7 @@ def test_mistakes_are_told(kwargs, message):
 
 
 @pytest.mark.parametrize('kwargs,message', [({}, 'either drop='), (dict(drop=1, percent=50), 'either drop='), (dict(drop=-1), 'at least 0'), (dict(drop='5'), 'at least 0'), (dict(percent=.9), 'did you mean 90?'),
-    (dict(percent=0), 'above 0'), (dict(percent={'a': 5}), 'above 0'), (dict(percent=95), '90 %; measure higher'), (dict(drop=1), 'the least that one costs is 10 %'),
+    (dict(percent=0), 'above 0'), (dict(percent={'a': 5}), 'no percentage'), (dict(percent=Count(9)), 'no percentage'), (dict(percent=95), '90 %; measure higher'), (dict(drop=1), 'the least that one costs is 10 %'),
     (dict(drop=50, by='f1'), 'choose one of valid_loss, accuracy')])
 def test_plans_that_cannot_be_made_are_refused(kwargs, message):
     with pytest.raises(ValueError) as e: made(a=(1.2, 1.4, 1.8), b=(1.1, 1.3, 1.9), c=(1.1, 1.2, 1.6)).plan(**kwargs)

@@ -10,9 +10,11 @@ from fastai.learner import Learner
 from torch import nn
 
 from fastai_helpers import On, fit, learner, loaders, net, percent, quiet, same, state_of
+from fastsparse.allocation import Bounded
 from fastsparse.callback import KeepSparsityCallback, SparsifyCallback
 from fastsparse.distill import DistillCallback
 from fastsparse.measure import measure
+from fastsparse.method import Owl
 from fastsparse.tickets import LotteryReport, lottery_ticket
 
 
@@ -191,12 +193,19 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 @pytest.mark.parametrize('kwargs,said', [(dict(rate=30), 'rate was 20.0 and is 30.0'), (dict(rewind_epoch=1), 'rewind_epoch was 0 and is 1'), (dict(epochs=3), 'epochs was 2 and is 3'),
     (dict(lr=.1), "lr was 'None' and is '0.1'"), (dict(fit='fit'), "fit was 'fit_one_cycle' and is 'fit'"), (dict(seed=1), 'seed was 0 and is 1'), (dict(granularity='filter'), 'granularity was'),
-    (dict(criteria='small_final'), "criteria was 'large_final' and is 'small_final'"), (dict(method='local'), 'method was'), (dict(exclude='8'), 'targets was'), (dict(cbs=On()), 'cbs was')])
+    (dict(criteria='small_final'), "criteria was 'large_final' and is 'small_final'"), (dict(method='local'), 'method was'), (dict(exclude='8'), 'targets was'), (dict(method=Owl(M=4)), 'M=4'), (dict(cbs=On()), 'cbs was')])
 def test_another_run_is_refused(kwargs, said, tmp_path):
     tickets(shuffled(), tmp_path, 1, 2, controls=())
     files = {f: f.read_bytes() for f in tmp_path.iterdir()}
     with pytest.raises(ValueError, match='is another one: ') as e: tickets(shuffled(), tmp_path, **{**dict(rounds=1, epochs=2, controls=(), resume=True), **kwargs})
     assert said in str(e.value) and files == {f: f.read_bytes() for f in tmp_path.iterdir()}
+
+
+def test_another_bound_is_refused_and_the_same_goes_on(tmp_path):
+    bound = lambda p: Bounded('local', {lambda n, m: isinstance(m, nn.Linear): p})
+    first = tickets(shuffled(), tmp_path, 1, 1, controls=(), method=bound(10))
+    with pytest.raises(ValueError, match='method was .*: 10.* and is .*: 15'): tickets(shuffled(), tmp_path, 1, 1, controls=(), method=bound(15), resume=True)
+    assert tickets(shuffled(), tmp_path, 1, 1, controls=(), method=bound(10), resume=True).rows == first.rows
 
 
 def test_another_model_or_optimizer_is_refused(tmp_path):
