@@ -6,6 +6,7 @@ from .method import Owl, available_methods
 from .schedule import *
 from .report import SparsityReport, sparsity_report
 from .evidence import register_inputs
+from .grow import Regrow, available_growths, drop_and_grow
 from .plan import Count, MACs, Params, SparsityWarning, erk
 from .allocation import Bounded, uniform
 from .ends import ends, first_layer, last_layer

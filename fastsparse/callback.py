@@ -24,6 +24,7 @@ import fastai.callback.schedule # noqa: F401 (adds fine_tune to Learner)
 from fastai.torch_core import get_model, rank_distrib
 import numpy as np
 from .granularity import as_granularity
+from .grow import as_growth, check_growth
 from .criteria import as_criterion, large_final
 from .mask import MaskHolder, ZeroHolder, apply_mask
 from .method import as_method, global_, local
@@ -208,7 +209,17 @@ def _check_numbers(update_every, rewind_epoch, lth, reset_end, save_tickets):
     if not (is_flag or isinstance(save_tickets, (str,Path))) or (not is_flag and Path(save_tickets).is_file()):
         raise ValueError(f"save_tickets={save_tickets!r} has to be True, False or the path of a folder")
 
-def _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets):
+def _comes_with(grow, method, schedule): # what is not said goes by `grow`
+    given = lambda v, name, default: v if v is not None else default if grow is None else getattr(grow, name)
+    return as_method(given(method, 'method', global_)),as_schedule(given(schedule, 'schedule', taper))
+
+def _with_growth(settings): # of a line of a plan
+    return dict(zip(('method','schedule'), _comes_with(*(settings[k] for k in ('grow','method','schedule')))))
+
+def _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets, grow):
+    if lth and grow:
+        raise ValueError("lth=True rewinds what is left to where it began, and with grow= what is left is another set "
+                         "of weights each time; choose one of the two")
     if lth and not schedule.rounds:
         name = getattr(schedule.func, '__name__', schedule.func)
         raise ValueError(f"lth=True rewinds after each round of pruning, but {name} has no rounds; "
@@ -234,12 +245,16 @@ class SparsifyCallback(HoldingCallback):
                                   # {selector: percent}; with 'coupled' `MACs(percent)` or `Params(percent)`;
                                   # or {selector: dict of settings}
         granularity='weight', # A name, such as 'filter', 'output' or 'coupled', a pattern such as '2:4', or an object
-        method='global', # 'local', 'global', 'per_output', 'owl', `Bounded`, or a function as in `fastsparse.method`
+        method=None, # 'local', 'global', 'per_output', 'owl', 'erk', `Bounded`, or a function as in
+                     # `fastsparse.method`; None for 'global', or what `grow` comes with
         criteria=large_final, # A name of `available_criteria()`, or a function of the weight
-        schedule=taper, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress
+        schedule=None, # A name of `available_schedules()`, a `Schedule`, or a function from position to progress;
+                       # None for 'taper', or what `grow` comes with
         *,
         round_to:int|None=None, # What remains of each layer is a multiple of this many groups, at least as many
-        update_every:int|None=None, # Batches from one update of the masks to the next; None for about 100 in all
+        update_every:int|None=None, # Batches from one update of the masks to the next; None for about 100 in all,
+                                    # or with `grow` as many as that says
+        grow=None, # Which weights return: a name of `available_growths()` or a `Regrow`; None for none
         layers=None, # Selector of layers or parameters to prune, see `select_tensors`; None for all
         exclude=None, # Selector of layers or parameters to leave dense
         lth:bool=False, # Rewind the weights after each round (Frankle & Carbin 2019); needs a schedule with rounds
@@ -250,13 +265,14 @@ class SparsifyCallback(HoldingCallback):
         if is_plan(sparsity) or isinstance(self, PlanCallback):
             self._take_plan(**{k: v for k,v in locals().items() if k != 'self'})
             return
-        granularity,method = as_granularity(granularity),as_method(method)
-        criteria,schedule = as_criterion(criteria),as_schedule(schedule)
+        granularity,criteria,grow = as_granularity(granularity),as_criterion(criteria),as_growth(grow)
+        method,schedule = _comes_with(grow, method, schedule)
+        check_growth(grow, granularity)
         check_request(hint_percent(sparsity), granularity, method, round_to)
         for what,selector in (('layers',layers), ('exclude',exclude)):
             if selector is not None: check_selector(selector, what)
         _check_numbers(update_every, rewind_epoch, lth, reset_end, save_tickets)
-        _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets)
+        _check_lottery(schedule, lth, rewind_epoch, reset_end, save_tickets, grow)
         store_attr()
         self.history,self._said = [],set() # (position, percent) at each update of the masks; warnings
         self._init_state()
@@ -357,7 +373,7 @@ def make_holder(self:SparsifyCallback):
     self._waits = _frozen_phase(self.learn)
     _see_ends(self.learn, self.layers, self.exclude, self.sparsity, self.method)
     sparsifier = Sparsifier(get_model(self.learn.model), self.granularity, self.method, self.criteria,
-                            self.layers, self.exclude, example_input=...,
+                            self.layers, self.exclude, example_input=..., grow=self.grow,
                             trainable_only=not (self._waits or _takes_turns(self.learn)))
     self._check_alone(sparsifier)
     if (self.lth or self.reset_end) and not self._waits: self._check_rewind()
@@ -392,7 +408,8 @@ def begin(self:SparsifyCallback):
     self.history.clear()
     self._unseen = any(t.whole_outputs for t in self.sparsifier.targets.values())
     if self.sparsifier.units: self._begun()
-    self._late = False # whether an update waits for the first step
+    self._late = self._grows_late = False # whether an update waits for the first step, a regrowth for another
+    self._stepped = True
     if not self._unseen: self.sparsifier.release(self._plan, _agree)
 
 @patch
@@ -462,7 +479,10 @@ def _due(self:SparsifyCallback): # by the position alone, so that a resumed run 
     if self.schedule.rounds or self.schedule(self._position) == self.schedule(1.): return True
     moving = self.n_epoch*self._n_batches*(self.schedule.end_pct - self.schedule.start_pct) # batches
     every = self.update_every or max(round(moving/100), min(round(moving/25), 4), 1)
-    return (self._epoch*self._n_batches + self.iter) % every == 0
+    return self._count % (self._growth_every if self.grow else every) == 0
+
+@patch(as_prop=True)
+def _count(self:SparsifyCallback): return self._epoch*self._n_batches + self.iter # batches before this one
 
 @patch
 def _go_to(self:SparsifyCallback, position):
@@ -478,13 +498,45 @@ def _go_to(self:SparsifyCallback, position):
     if self.lth and rose: self._rewind(percent)
     if progress == 1: self._restart_trackers()
 
+# %% ../nbs/12_callback.ipynb #586be4db
+@patch(as_prop=True)
+def _growth_every(self:SparsifyCallback): # batches from one regrowth to the next
+    batches = self.n_epoch*self._n_batches*max(self.grow.end_pct, self.schedule.end_pct)
+    return self.update_every or min(max(round(batches/self.grow.updates), 1), 100)
+
+@patch
+def _share_after(self:SparsifyCallback, batches): # percent of what is left that goes, so many batches from here
+    if not self.grow: return 0.
+    return self.grow.at(min((self._count + batches + 1)/(self.n_epoch*self._n_batches), 1.))
+
+@patch(as_prop=True)
+def _asks_for_growth(self:SparsifyCallback): # whether this step's gradients say which weights return
+    if self._share_after(1) <= 0: return False
+    return self._grows_late or 'momentum' in self.grow.reads or (self._count + 1) % self._growth_every == 0
+
+@patch
+def _regrow(self:SparsifyCallback):
+    share = self._share_after(0)
+    due = self._grows_late or self._count and self._count % self._growth_every == 0
+    ready = self._stepped and self.sparsifier.has_growth
+    self._grows_late = bool(due and share and not (ready and self._informed()))
+    if not due or not share or self._grows_late: return
+    self._holder.mask_state(state := self._optimizer_state()) # what returns starts afresh
+    self.sparsifier.regrow(share, self._plan, _agree)
+    self._holder.mask_state(state)
+    self._stepped = False
+    if self.history[-1][0] != self._position: self.history.append((self._position, self.history[-1][1]))
+    self._restart_trackers()
+
 # %% ../nbs/12_callback.ipynb #959df8be
 _behind_scaling = MixedPrecision.order + .5 # and before GradientClip
 
 @patch(as_prop=True)
-def _gathering(self:SparsifyCallback): # the schedule may still move
-    if not self._active or self._waits or not self.sparsifier.reads_steps: return False
-    return not self._settled or self._position < self.schedule.end_pct
+def _gathering(self:SparsifyCallback): # the kinds of evidence that this step adds to, while masks may still move
+    if not self._active or self._waits: return ()
+    s,grows = self.sparsifier,self._share_after(0) > 0
+    moves = not self._settled or self._position < self.schedule.end_pct or grows
+    return (*(s._gathers if s.reads_steps and moves else ()), *(s._grows if self._asks_for_growth else ()))
 
 @patch
 def after_backward(self:SparsifyCallback):
@@ -495,11 +547,12 @@ def after_backward(self:SparsifyCallback):
 
 @patch
 def before_step(self:SparsifyCallback):
-    if not self._gathering: return
+    self._stepped = True
+    if not (kinds := self._gathering): return
     self._own_order()
     grads = {n: t.parameter.grad for n,t in self.sparsifier.targets.items()}
     if self._scale != 1: grads = {n: g if g is None else g.float()/self._scale for n,g in grads.items()}
-    self.sparsifier.gather_step(grads)
+    self.sparsifier.gather_step(grads, kinds)
     if self._exposed: self._mask_gradients()
 
 @patch
@@ -555,6 +608,7 @@ def before_batch(self:SparsifyCallback):
         if self._unseen: self._watch_first_batch()
         if self.iter == 0: self._n_batches = _batches(self.learn)
         if not self._waits and (self._late or self._due()): self._go_to(self._position)
+        if self.grow and not self._waits and not self._late: self._regrow()
     HoldingCallback.before_batch(self)
 
 # %% ../nbs/12_callback.ipynb #4651d038
@@ -655,8 +709,10 @@ class PlanCallback(SparsifyCallback):
     def _take_plan(self, sparsity, layers, exclude, schedule, **settings): # all arguments of the call
         if layers is not None: raise ValueError("the keys of sparsity= say which layers; leave layers= out")
         if exclude is not None: check_selector(exclude, 'exclude')
-        self.plan = plan_lines(sparsity, SparsifyCallback, schedule=schedule, **settings)
-        self.sparsity,self.schedule,self.exclude,self._said = sparsity,as_schedule(schedule),exclude,set()
+        lines = plan_lines(sparsity, SparsifyCallback, schedule=schedule, **settings)
+        self.plan = [(selector, said and said | _with_growth(said)) for selector,said in lines]
+        self.sparsity,self.exclude,self._said = sparsity,exclude,set()
+        self.schedule = _comes_with(as_growth(settings['grow']), None, schedule)[1]
         self._init_state()
 
     def _init_state(self):

@@ -152,6 +152,9 @@ def check_request(
     if isinstance(sparsity, Cost) and not isinstance(granularity, Coupled):
         raise ValueError(f"{sparsity} counts in the model that is left when whole channels are cut out; "
                          "it goes with granularity='coupled'")
+    if isinstance(sparsity, Cost) and getattr(method, 'percents', None):
+        raise ValueError(f"{sparsity} is met by one ranking, or by the same share everywhere; method='{method}' "
+                         "gives each layer a share of its own; use 'global' or 'local'")
 
 def _check_pattern(sparsity, nm, method, round_to):
     if hasattr(method, 'most'):

@@ -20,6 +20,7 @@ from .criteria import as_criterion, large_final
 from .mask import MaskHolder, count
 from .method import as_method
 from .schedule import as_schedule, taper
+from .grow import as_growth
 from .select import Target, check_selector, find_targets, places, select_tensors, selector_name
 from .select import tensor_id
 from .plan import Count, Plan, SparsityWarning, check_options, check_request, hint_percent
@@ -48,7 +49,7 @@ def plan_lines(
     raise ValueError(f"this plan leaves all layers dense: {plan}; give at least one key a percentage or settings")
 
 # %% ../nbs/09a_plans.ipynb #68d77347
-_as = dict(granularity=as_granularity, method=as_method, criteria=as_criterion, schedule=as_schedule)
+_as = dict(granularity=as_granularity, method=as_method, criteria=as_criterion, schedule=as_schedule, grow=as_growth)
 
 def _settings(selector, said, check, defaults): # of one line, names replaced by what they stand for
     check_selector(selector, 'sparsity key')
@@ -67,7 +68,7 @@ def _settings(selector, said, check, defaults): # of one line, names replaced by
     except (TypeError, ValueError) as e:
         e.args = (f"in the settings of {name}: {e}",)
         raise
-    return {k: _as[k](v) if k in _as else v for k,v in (defaults | said).items()}
+    return {k: _as[k](v) if k in _as and v is not None else v for k,v in (defaults | said).items()}
 
 # %% ../nbs/09a_plans.ipynb #ba24c2a2
 @check_options

@@ -28,6 +28,7 @@ from .select import by_reason, find_targets, places, select_tensors, selector_na
 from .plan import Cost, Count, Plan, asked_and_got, check_options, check_request, difference, hint_percent
 from .plan import SparsityWarning, warn
 from .ends import see_ends
+from .grow import GROWTH, as_growth, check_growth, drop_and_grow
 from .dependants import Dependants, dependants, native_forward
 from .coupled import coupled_units
 from .compact import uncuttable
@@ -146,9 +147,11 @@ class Sparsifier(MaskHolder):
         exclude=None, # Selector of layers to leave dense, with all their tensors
         trainable_only:bool=False, # Prune no frozen weight (`requires_grad=False`); zeros that it has are held
         example_input=None, # What the model takes: a tensor, tuple or dict; `...` if `watch` will be told later
+        grow=None, # Which weights `regrow` lets return: a name of `available_growths()` or a `Regrow`
     ):
         self.model,self.granularity = (model := check_model(model)),as_granularity(granularity)
-        self.method,self.criteria = as_method(method),as_criterion(criteria)
+        self.method,self.criteria,self.grow = as_method(method),as_criterion(criteria),as_growth(grow)
+        check_growth(self.grow, self.granularity)
         if isinstance(self.granularity, NM) and not hasattr(self.method, 'most'):
             self.method = local # the same pattern everywhere: nothing to share out
         self._example = None if example_input is ... else example_input
@@ -164,6 +167,7 @@ class Sparsifier(MaskHolder):
         self.left_dense |= {t.layer_name: _frozen for t in targets if t.name in self.frozen}
         self._reads,self._each_step = evidence_of(self.criteria),getattr(self.criteria, 'each_step', None)
         self._check_inputs(targets)
+        check_growth(self.grow, self.granularity, targets)
         self._named,self._shapes = layers is not None,{t.name: t.weight.shape for t in targets}
         self._coupled,self._flow,self._stay = None,None,{}
         start = self._start_coupled if isinstance(self.granularity, Coupled) else self._start
@@ -300,7 +304,7 @@ def reset(self:Sparsifier):
     self._found = {n for n,u in self.units.items() if not known(u)} # those whose masks were only taken over
     kept = [e for e in self._reads if e in ('initial','previous')]
     self._memory = {e: {t.name: t.weight.clone() for t in self.targets.values()} for e in kept}
-    self._memory |= {e: {} for e in self._gathers}
+    self._memory |= {e: {} for e in (*self._gathers, *self._grows)}
     self._steps = 0
     self._following,self._aside,self._told = {},{},() # what follows now, its values before it did, what was said
     self._update_followers()
@@ -402,6 +406,17 @@ def _gathers(self:Sparsifier): # kinds of evidence; 'scores' are those of a crit
     return ('scores',) if self._each_step else tuple(e for e in self._reads if e in GATHERED)
 
 @patch(as_prop=True)
+def _grows(self:Sparsifier): # kinds of evidence that say which weights return
+    return tuple(_grown[e] for e in self.grow.reads if e in _grown) if self.grow else ()
+
+_grown = {e: f'growth_{e}' for e in GROWTH if e != 'generator'}
+
+@patch(as_prop=True)
+def has_growth(self:Sparsifier) -> bool:
+    "Whether there is all that says which weights return"
+    return all(self._memory[e] for e in self._grows)
+
+@patch(as_prop=True)
 def reads_steps(self:Sparsifier) -> bool:
     "Whether the criterion reads gradients of steps"
     return any(e not in PASSES for e in self._gathers)
@@ -422,14 +437,14 @@ def gather(self:Sparsifier,
     n_batches:int|None=None, # How many batches to take; None for all
 ):
     "Gather what the criterion reads; the model, and all random numbers, are as they were afterwards"
-    if not self._gathers:
+    if not (kinds := (*self._gathers, *self._grows)):
         raise ValueError(f"the criterion {_name(self.criteria)} reads nothing that has to be gathered, "
                          f"which would be {', '.join(GATHERED)}")
     self._check_known()
     self._check_current(self.targets.values())
     before,steps = self._memory,self._steps
-    self._memory,self._steps = {**before, **{e: {} for e in self._gathers}},0
-    try: self._memory |= self._look(batches, loss_func, self._gathers, training=training, per_sample=per_sample,
+    self._memory,self._steps = {**before, **{e: {} for e in kinds}},0
+    try: self._memory |= self._look(batches, loss_func, kinds, training=training, per_sample=per_sample,
                                     n_batches=n_batches)
     except BaseException:
         self._memory,self._steps = before,steps
@@ -466,20 +481,30 @@ def look(self:Sparsifier,
 @torch.no_grad()
 def gather_step(self:Sparsifier,
     grads:dict|None=None, # {name of a target: its gradient}; None for those that stand on the parameters
+    kinds:tuple|None=None, # Which kinds of evidence; None for all
 ) -> bool: # False if there are none, or one overflowed, and the step was left out
     "Add the gradients of one step to the evidence, before the step is made"
     some = {n: t for n,t in self.targets.items() if n not in self.frozen}
     if grads is None: grads = {n: t.parameter.grad for n,t in some.items()}
     grads = {n: g if g.layout == torch.strided else g.to_dense() for n,g in grads.items() if g is not None}
     if not grads or not all_finite(grads.values()): return False
-    self._steps += 1
-    for e in self._gathers:
+    kinds = (*self._gathers, *self._grows) if kinds is None else kinds
+    self._steps += any(e in self._gathers for e in kinds)
+    for e in kinds:
         if e == 'scores': self._add_scores(grads)
+        elif e in self._grows: self._add_growth(e, {n: g for n,g in grads.items() if n in some})
         elif e in STEPS:
             for n,t in some.items():
                 x = STEPS[e].of(wide(t.weight), wide(grads[n])) if n in grads else None
                 blend(self._memory[e], n, x, self._steps, STEPS[e].mean)
     return True
+
+@patch
+def _add_growth(self:Sparsifier, e, grads):
+    keep = .9 if e == _grown['momentum'] else 1.
+    for n,g in grads.items():
+        kept = self._memory[e].get(n)
+        self._memory[e][n] = wide(g).clone() if kept is None else kept.to(g.device).mul_(keep).add_(g)
 
 @patch
 def _add_scores(self:Sparsifier, grads):
@@ -605,6 +630,7 @@ def _plan(self:Sparsifier, sparsity, round_to, units, method):
     if isinstance(sparsity, dict): asked = self._each(sparsity, units)
     else: asked = dict.fromkeys((u.name for u in units), (0, 100. if cost else sparsity))
     end,apart = self._percents(asked)
+    if own_shares := getattr(method, 'percents', None): end = self._shares(own_shares, end, apart)
     if isinstance(self.granularity, NM): # 66.67 means two of three
         end = {n: self.granularity.percent if p else 0. for n,p in end.items()}
     some = [self.units[n] for n,p in end.items() if p]
@@ -617,6 +643,14 @@ def _plan(self:Sparsifier, sparsity, round_to, units, method):
     start = {n: self._percent(self.units[n]) for n in end}
     most = method.most(self.model, [self.units[n] for n in end]) if hasattr(method, 'most') else {}
     return Plan(self._within(start, end, method), end, round_to, cost, apart, most)
+
+@patch
+def _shares(self:Sparsifier, percents, end, apart): # of a method that says what each unit gets of what all shall lose
+    found,sizes = {},{n: self.units[n].size for n in end}
+    for names in Plan({}, end, apart=apart).rankings():
+        all_ = sum(end[n]*sizes[n] for n in names)/sum(sizes[n] for n in names)
+        found |= percents([self.units[n] for n in names], all_)
+    return {n: found[n] for n in end}
 
 @patch
 def _check_known(self:Sparsifier):
@@ -868,6 +902,68 @@ def _choose(scores, i, k, groups, held): # which groups a target keeps
     if (rows := getattr(groups, 'balance', 1)) > 1: return keep_evenly(scores[i].view(rows, -1), k).view(1, -1)
     if not held or not getattr(groups, 'by_output', False): return scores.keep(i, k)
     return keep_mask(groups.from_outputs(spread(groups.to_outputs(scores.bare(i)), k)), k)
+
+# %% ../nbs/09_sparsifier.ipynb #2a1f5d07
+@patch
+@torch.no_grad()
+def regrow(self:Sparsifier,
+    share:float, # Percent of what each target has left that goes, and returns
+    plan:Plan|None=None, # Whose targets; None for all
+    agree:Callable|None=None, # As for `advance`
+) -> int: # Weights that returned
+    "Let the lowest `share` percent go by the criterion, and as many return by `grow`; they start at zero"
+    self._check_growth(share)
+    units = [u for n,u in self.units.items() if (plan is None or n in plan.end) and self._may_regrow(u)]
+    self._check_current([t for u in units for t in u.parts])
+    names,before = {t.name for u in units for t in u.parts},dict(self.masks)
+    self._apply(names) # so that what returns is zero
+    with one_thread():
+        for name,mask in self._regrown(units, share).items():
+            if agree is not None: agree({name: mask})
+            self.masks[name] = mask
+    if 'previous' in self._memory: self._memory['previous'].update({n: self.targets[n].weight.clone() for n in names})
+    if 'growth_grad' in self._memory: self._memory['growth_grad'] = {} # of one moment
+    self._steps,found = 0,self._found & names
+    self._update_followers(returning=not found)
+    self._found -= found
+    _made[self.model] = {**_made.get(self.model, {}), **self.masks}
+    self._apply(names)
+    return sum(count(self.masks[n] & ~before[n].to(self.masks[n].device)) for n in names)
+
+# %% ../nbs/09_sparsifier.ipynb #639b5d2a
+@patch
+def _check_growth(self:Sparsifier, share):
+    if self.grow is None: raise ValueError("nothing says which weights return; make the Sparsifier with grow='rigl'")
+    if isinstance(share, bool) or not isinstance(share, (int,float)) or not 0 <= share <= 100:
+        raise ValueError(f"share={share!r} has to be a percentage of what is left, from 0 to 100")
+    self._check_known()
+    if not self.has_growth:
+        raise ValueError(f"grow={self.grow} reads gradients, and none were gathered since the last time; call "
+                         "sparsifier.gather(batches, loss_func) first, or let a SparsifyCallback do it")
+
+@patch
+def _may_regrow(self:Sparsifier, u): # something is there, something is not, and it is known what would return
+    known = all(t.name in self._memory[e] for t in u.parts for e in self._grows)
+    return known and not self._is_frozen(u) and 0 < self._lost_of[u.name] < u.size
+
+@patch
+def _regrown(self:Sparsifier, units, share): # new masks of all targets; an error changes nothing
+    scores,new = _Scores(self, units),{}
+    seed = int(torch.randint(2**62, ())) if 'generator' in self.grow.reads else 0
+    for i,u in enumerate(units):
+        alive = self._alive(u)
+        rows = getattr(u.groups, 'balance', 1)
+        shape = (rows, -1) if rows > 1 else alive.shape
+        returning = u.scores(lambda t: self._returning(t, seed + i))
+        kept = drop_and_grow(*(x.view(shape) for x in (alive, scores[i], returning)), share).view(alive.shape)
+        new |= {n: self._like(self.targets[n], m) for n,m in u.masks(kept, self._mask_now).items()}
+    return new
+
+@patch
+def _returning(self:Sparsifier, t, seed): # scores of its weights
+    given = {e: torch.Generator().manual_seed(seed) if e == 'generator' else
+                self._remembered(_grown[e], t.name, t.weight) for e in self.grow.reads}
+    return self.grow.scores(t.weight, **given)
 
 # %% ../nbs/09_sparsifier.ipynb #4a7d051d
 @patch
@@ -1183,14 +1279,14 @@ def load_state_dict(self:Sparsifier,
     expected = {'masks': self.masks, **self._memory, **self._counted()}
     if set(state) != set(expected):
         raise ValueError(f"the state has {sorted(map(str, state))}, but this Sparsifier keeps {sorted(expected)}; "
-                         "it has to have the same criteria")
-    given = {e: state[e] for e in self._gathers} # as much as there was
+                         "it has to have the same criteria and grow")
+    given = {e: state[e] for e in (*self._gathers, *self._grows)} # as much as there was
     for kind in given: self._check_gathered(kind, given[kind])
     expected = {kind: now for kind,now in expected.items() if kind not in given}
     for kind,now in expected.items(): _check_state(kind, state[kind], now)
     for kind,now in expected.items(): now.update({n: torch.empty_like(now[n]).copy_(t) for n,t in state[kind].items()})
     self._memory |= _copied(given)
-    if given: self._steps = int(state['steps'][''])
+    if 'steps' in state: self._steps = int(state['steps'][''])
     self._found = set()
     self._update_followers()
     self.apply_masks()

@@ -162,12 +162,12 @@ def test_an_impossible_answer_is_refused(answer):
 
 
 def test_names():
-    assert available_methods() == ['local', 'global', 'per_output', 'owl'] and as_method('local') is local and as_method('global') is global_ and as_method(local) is local
+    assert available_methods() == ['local', 'global', 'per_output', 'owl', 'erk'] and as_method('local') is local and as_method('global') is global_ and as_method(local) is local
 
 
 @pytest.mark.parametrize('bad', ['abc', 'Global', None, 3, dict])
 def test_an_unknown_method_is_refused_with_the_names(bad):
-    with pytest.raises(ValueError, match="is unknown; choose one of 'local', 'global', 'per_output', 'owl', or pass a function"): as_method(bad)
+    with pytest.raises(ValueError, match="is unknown; choose one of 'local', 'global', 'per_output', 'owl', 'erk', or pass a function"): as_method(bad)
 
 
 # shares by shape

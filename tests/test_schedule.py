@@ -5,9 +5,9 @@ import pickle
 import pytest
 
 from fastsparse import schedule as S
-from fastsparse.schedule import Rate, Schedule, Steps, agp, as_schedule, available_schedules, constant_rate, cos, dsd, iterative, lin, one_cycle, one_shot, taper
+from fastsparse.schedule import Rate, Schedule, Steps, agp, as_schedule, available_schedules, constant, constant_rate, cos, dsd, iterative, lin, one_cycle, one_shot, taper
 
-ALL = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd, constant_rate=constant_rate)
+ALL = dict(one_shot=one_shot, iterative=iterative, taper=taper, agp=agp, one_cycle=one_cycle, cos=cos, lin=lin, dsd=dsd, constant_rate=constant_rate, constant=constant)
 RISING = [n for n in ALL if n != 'dsd']
 GRID = [i/997 for i in range(998)]
 
@@ -163,7 +163,7 @@ def test_bad_steps_are_refused(n):
 
 @pytest.mark.parametrize('bad', ['abc', 'AGP', None, .5, Schedule])
 def test_an_unknown_schedule_is_refused_with_the_names(bad):
-    with pytest.raises(ValueError, match='is unknown; choose one of one_shot, .*constant_rate, or pass a Schedule or a function'): as_schedule(bad)
+    with pytest.raises(ValueError, match='is unknown; choose one of one_shot, .*constant_rate, constant, or pass a Schedule or a function'): as_schedule(bad)
 
 
 @pytest.mark.parametrize('name', ALL)
