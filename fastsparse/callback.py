@@ -520,7 +520,7 @@ def _regrow(self:SparsifyCallback):
     due = self._grows_late or self._count and self._count % self._growth_every == 0
     ready = self._stepped and self.sparsifier.has_growth
     self._grows_late = bool(due and share and not (ready and self._informed()))
-    if not due or not share or self._grows_late: return
+    if not due or not share or self._grows_late or not self.history: return # before the first update all are there
     self._holder.mask_state(state := self._optimizer_state()) # what returns starts afresh
     self.sparsifier.regrow(share, self._plan, _agree)
     self._holder.mask_state(state)

@@ -29,7 +29,7 @@ def main(folder):
     folder, results = Path(folder), {}
     rank = fastai_distributed.rank_distrib()
     cases = dict(large_final={}, random_score={}, movement={}, updating_movmag={}, filters=dict(granularity='filter', layers=nn.Conv2d), tickets=dict(schedule='iterative', lth=True, save_tickets=folder/'tickets'),
-                 taylor={}, wanda={}, channels_last={}, coupled=dict(sparsity=MACs(60), granularity='coupled', criteria='random_score'))
+                 taylor={}, wanda={}, channels_last={}, rigl=dict(grow='rigl', update_every=2), set=dict(grow='set', update_every=2), coupled=dict(sparsity=MACs(60), granularity='coupled', criteria='random_score'))
     for name, kwargs in cases.items():
         from fastai.data.core import DataLoaders
         from fastai.data.load import DataLoader
@@ -37,7 +37,7 @@ def main(folder):
         learn = learner(dls=DataLoaders(DataLoader(items[:64], bs=8, shuffle=True), DataLoader(items[64:], bs=16)), model=net(), opt_func=momentum, path=folder)
         torch.manual_seed(rank + 1) # ranks draw different random numbers
         if name == 'channels_last': learn.model.to(memory_format=torch.channels_last)
-        cb = SparsifyCallback(kwargs.pop('sparsity', 80), **({'criteria': name} if name not in ('filters', 'tickets', 'channels_last', 'coupled') else {}), **kwargs)
+        cb = SparsifyCallback(kwargs.pop('sparsity', 80), **({'criteria': name} if name not in ('filters', 'tickets', 'channels_last', 'coupled', 'rigl', 'set') else {}), **kwargs)
         journal = Journal(cb)
         with learn.distrib_ctx(sync_bn=False, in_notebook=False, cpu=True), quiet(learn): learn.fit(2, cbs=[cb, journal])
         want = cb.current_sparsity

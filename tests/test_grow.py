@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 from functools import partial
 
 import pytest
@@ -186,6 +187,24 @@ def test_what_returns_starts_afresh_and_the_budget_is_exact_at_every_step(grow, 
     assert cb.current_sparsity >= cb.sparsifier.planned() # what returned and has no gradient is still zero
 
 
+@pytest.mark.parametrize('grow', GROWTHS)
+@pytest.mark.parametrize('opt', ['sgd', 'torch_adam'])
+def test_the_same_without_any_callback_that_looks_on(grow, opt): # which would have the gradients of pruned weights masked
+    learn, cb, notes = learner(dls=loaders(6), opt_func=OPTIMIZERS[opt], lr=.01), SparsifyCallback(80, grow=grow, update_every=2), []
+    def look(model, args):
+        if not model.training or cb.sparsifier is None or cb._holder is None: return
+        assert not cb._exposed
+        now, state, was = masks_of(cb), cb._optimizer_state(), notes[-1][0] if notes else masks_of(cb)
+        new = {n: m & ~was[n] for n, m in now.items()}
+        bad = sum(int((v[new[n]] != 0).sum()) for n in now for v in (learn.model.get_parameter(n).detach(), *state(learn.model.get_parameter(n)).values())
+                  if isinstance(v, torch.Tensor) and v.shape == now[n].shape)
+        notes.append((now, sum(int(m.sum()) for m in new.values()), bad))
+    handle = learn.model.register_forward_pre_hook(look)
+    fit(learn, 4, cbs=cb)
+    handle.remove()
+    assert sum(n for _, n, _ in notes) > 20 and not any(bad for _, _, bad in notes)
+
+
 def test_how_a_fit_goes_comes_with_the_way_to_regrow():
     assert SparsifyCallback(90).schedule is taper and SparsifyCallback(90).method.__name__ == 'global_'
     assert SparsifyCallback(90, grow='rigl').schedule is constant and str(SparsifyCallback(90, grow='set').method) == 'erk'
@@ -315,3 +334,68 @@ def test_sparsity_from_the_first_batch():
     (lambda: Sparsifier(layers(), grow='set').regrow(130), 'from 0 to 100')])
 def test_mistakes_are_told_where_they_are_made(make, said):
     with pytest.raises(ValueError, match=said): make()
+
+
+# -- corners
+
+def test_before_anything_is_pruned_nothing_returns():
+    from fastsparse.schedule import Schedule, agp
+    learn, cb = learner(dls=loaders(6)), SparsifyCallback(80, grow='rigl', schedule=Schedule(agp.func, .5, 1.), update_every=2)
+    watch = Watch(cb)
+    fit(learn, 4, cbs=[cb, watch])
+    assert watch.at[0] >= 12 and watch.bad == 0 and watch.returned
+
+
+def test_a_schedule_that_falls_goes_with_it():
+    learn, cb = learner(dls=loaders(6)), SparsifyCallback(80, grow='rigl', schedule='dsd', update_every=2)
+    watch = Watch(cb)
+    fit(learn, 4, cbs=[cb, watch])
+    assert cb.sparsifier.planned() == 0 and watch.bad == 0
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_in_16_bits(dtype):
+    torch.manual_seed(0)
+    model = layers().to(dtype)
+    s = Sparsifier(model, grow='rigl')
+    s.prune_model(70)
+    before = {n: int(m.sum()) for n, m in s.masks.items()}
+    s.gather_step({n: torch.randn_like(t.weight) for n, t in s.targets.items()})
+    assert s.regrow(50) > 0 and {n: int(m.sum()) for n, m in s.masks.items()} == before
+
+
+def test_an_unfinished_pass_changes_nothing():
+    layer = nn.Linear(8, 4)
+    s = Sparsifier(layer, grow=Regrow(lambda w, grad: grad*math.nan))
+    s.prune_model(50)
+    s.gather_step({'weight': torch.ones(4, 8)})
+    masks, weights = {n: m.clone() for n, m in s.masks.items()}, state_of(layer)
+    with pytest.raises(ValueError, match='NaN among the scores by which to grow'): s.regrow(30)
+    assert same(masks, s.masks) and same(weights, state_of(layer))
+
+
+def test_fine_tune_prunes_and_regrows_in_its_second_half():
+    learn, cb = learner(dls=loaders(6), splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())]), SparsifyCallback(80, grow='rigl', update_every=2)
+    watch = Watch(cb)
+    with quiet(learn): learn.fine_tune(3, 1e-2, cbs=[cb, watch])
+    assert watch.returned and watch.bad == 0 and abs(cb.sparsifier.planned() - 80) < .2
+
+
+def test_a_validation_in_the_middle_of_a_fit_changes_nothing():
+    def run(act):
+        learn, cb = learner(dls=loaders(6)), SparsifyCallback(80, grow='rigl', update_every=2)
+        fit(learn, 2, cbs=[cb, On(after_batch=lambda learn: act(learn) if learn.training and learn.iter == 3 else None, order=300)])
+        return masks_of(cb)
+    def validate(learn):
+        with learn.no_logging(): learn.get_preds(dl=learn.dls.valid, inner=False)
+        learn.model.train()
+    assert same(run(lambda learn: None), run(lambda learn: None))
+    run(validate)
+
+
+def test_a_callback_that_regrows_can_be_saved():
+    learn, cb = learner(dls=loaders(6)), SparsifyCallback(80, grow=Regrow(lambda w, grad: grad.abs()))
+    fit(learn, 1, cbs=cb)
+    for c, grow in ((SparsifyCallback(80, grow='rigl'), Regrow()), (cb, None)):
+        again = pickle.loads(pickle.dumps(c))
+        assert again.grow == grow or grow is None

@@ -24,7 +24,7 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder/f'rank{r}.json').read_text()) for r in (0, 1)]
 
 
-CASES = ['large_final', 'random_score', 'movement', 'updating_movmag', 'taylor', 'wanda', 'filters', 'tickets', 'channels_last', 'coupled']
+CASES = ['large_final', 'random_score', 'movement', 'updating_movmag', 'taylor', 'wanda', 'filters', 'tickets', 'channels_last', 'coupled', 'rigl', 'set']
 
 
 @pytest.mark.parametrize('name', CASES)
