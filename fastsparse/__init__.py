@@ -12,4 +12,5 @@ from .sparsifier import Sparsifier
 from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
+from .repair import obs, sparsegpt
 from .files import load_sparse, save_sparse

@@ -11,6 +11,7 @@ from .sparsifier import Sparsifier
 from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
+from .repair import obs, sparsegpt
 from .files import load_sparse, save_sparse
 from .callback import KeepSparsityCallback, SparsifyCallback
 from . import learner as _learner # learn.compact()
