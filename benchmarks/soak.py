@@ -84,10 +84,11 @@ def check(learn, before):
     assert len(learn.metrics) == 1 and not any(isinstance(c, (SparsifyCallback, KeepSparsityCallback)) for c in learn.cbs), 'something is left on the Learner'
 
 
-def target_met(cb):
+def target_met(cb, learn):
     "The final count of a schedule that ends at its target is the one that a Sparsifier reaches in one go"
     s = cb.sparsifier
     again = Sparsifier(copy.deepcopy(s.model), s.granularity, s.method, cb.criteria)
+    if again.state_dict().keys() & {'steps'}: again.gather(learn.dls.train, learn.loss_func)
     again.prune_model(cb.sparsity)
     a,b = (sum(int((~m).sum()) for m in x.masks.values()) for x in (s, again))
     sizes = [t.groups.step for t in s.targets.values()]
@@ -110,7 +111,7 @@ def sequence(seed, folder):
                 method = {'fit': learn.fit, 'one_cycle': learn.fit_one_cycle, 'fine_tune': learn.fine_tune}[action]
                 method(r.randint(1, 3), 1e-3, cbs=[cb, Watch(cb), *others])
                 if action == 'fine_tune': learn.unfreeze()
-                if dense and cb.schedule(1.) == 1 and not any(isinstance(c, SaveModelCallback) for c in others): target_met(cb)
+                if dense and cb.schedule(1.) == 1 and not any(isinstance(c, SaveModelCallback) for c in others): target_met(cb, learn)
             elif action == 'broken':
                 event,error = r.choice([('after_step', KeyboardInterrupt), ('after_loss', RuntimeError), ('before_step', CancelStepException), ('after_pred', CancelBatchException), ('before_train', ValueError)])
                 with contextlib.suppress(KeyboardInterrupt, RuntimeError, ValueError): learn.fit(2, 1e-3, cbs=[cb, Watch(cb), Raise(event, error, r.randint(1, 4))])

@@ -15,6 +15,7 @@ from .plans import PlanSparsifier
 from .plot import *
 from .flow import flow
 from .compact import Compacted, compact, rebuild
+from .repair import obs, sparsegpt
 from .files import load_sparse, save_sparse
 from .accelerate import Accelerated, SparseConv, SparseLinear, accelerate
 from .benchmark import Benchmark, benchmark

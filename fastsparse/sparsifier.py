@@ -403,7 +403,27 @@ def _layers_now(self:Sparsifier): # layer and parameter name of the targets, by 
 # %% ../nbs/09_sparsifier.ipynb #79af2724
 @patch(as_prop=True)
 def _gathers(self:Sparsifier): # kinds of evidence; 'scores' are those of a criterion that is asked at each step
-    return ('scores',) if self._each_step else tuple(e for e in self._reads if e in GATHERED)
+    own = ('scores',) if self._each_step else tuple(e for e in self._reads if e in GATHERED)
+    return (*own, *(e for e in self._also if e not in own))
+
+Sparsifier._also = () # what others than the criterion read
+
+@patch
+def also_gather(self:Sparsifier,
+    *names:str, # Of `fastsparse.evidence.GATHERED`
+):
+    "Gather this too, for others than the criterion; `evidence` gives it"
+    if unknown := [e for e in names if e not in GATHERED]:
+        raise ValueError(f"{unknown} cannot be gathered; there is {', '.join(GATHERED)}")
+    self._also = (*self._also, *(e for e in names if e not in self._also))
+    self._memory |= {e: {} for e in self._gathers if e not in self._memory}
+
+@patch
+def evidence(self:Sparsifier,
+    name:str, # Such as 'grad'
+) -> dict[str,torch.Tensor]: # By name of the target, of the shape of the weight; pruned weights have theirs too
+    "What was gathered; empty before the first step"
+    return {n: self._evidence(name, t) for n,t in self.targets.items() if n in self._memory.get(name, {})}
 
 @patch(as_prop=True)
 def _grows(self:Sparsifier): # kinds of evidence that say which weights return
@@ -418,14 +438,15 @@ def has_growth(self:Sparsifier) -> bool:
 
 @patch(as_prop=True)
 def reads_steps(self:Sparsifier) -> bool:
-    "Whether the criterion reads gradients of steps"
+    "Whether gradients of steps are read"
     return any(e not in PASSES for e in self._gathers)
 
 @patch(as_prop=True)
 def has_steps(self:Sparsifier) -> bool:
-    "Whether there is all that the criterion reads of steps"
+    "Whether there is all that is read of steps"
     return all(self._memory[e] for e in self._gathers if e not in PASSES)
 
+# %% ../nbs/09_sparsifier.ipynb #25062068
 @patch
 @check_options
 def gather(self:Sparsifier,
@@ -1024,7 +1045,7 @@ def snapshot(self:Sparsifier) -> Callable: # Call it to go back
         else: _made[self.model] = made
     return back
 
-Sparsifier._state = ('targets','_coupled','_flow','_stay','_lost_of','left_dense',
+Sparsifier._state = ('_also','targets','_coupled','_flow','_stay','_lost_of','left_dense',
                      'masks','_found','_before','_memory','_steps','_following','_aside','_gone','_told',
                      '_followers','_lost','_unclear','_idle','untraced','_returned') # all that pruning, watching change
 

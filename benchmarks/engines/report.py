@@ -93,7 +93,7 @@ def plot(runs, file):
         ax.axhline(1, color='.6', lw=1, ls=':')
         ax.set(title=title, xlabel='zeros, %', ylabel='times faster than dense')
         ax.grid(alpha=.3)
-        if names: ax.legend(fontsize=8)
+        if names: ax.legend(fontsize=8, loc='upper left')
     fig.savefig(file, dpi=150)
     plt.close(fig)
 
