@@ -304,7 +304,7 @@ def wanda(
     w:torch.Tensor, # The weight
     inputs:torch.Tensor, # Sum of squared inputs
 ) -> torch.Tensor: # Scores, of the shape of the weight
-    "|w| ‖x‖₂, the norm over all samples and positions (Sun et al. 2024, equation 1)"
+    "|w| ‖x‖₂, the norm over all samples and positions (Sun et al. 2023, equation 1)"
     return w.abs()*inputs.sqrt()
 
 # %% ../nbs/01_criteria.ipynb #30a570d4

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from .callback import HoldingCallback
 from .criteria import as_criterion, large_final, random_score
 from .distill import DistillCallback
-from .granularity import as_granularity
+from .granularity import NM, as_granularity
 from .learner import first_inputs, undrawn
 from .lottery import Snapshot, save_whole
 from .measure import check_measure, measure, with_bar, worse_by
@@ -279,7 +279,10 @@ def _undone(learn): # where something goes wrong
 def _whole(what, v, least):
     if type(v) is not int or v < least: raise ValueError(f"{what}={v!r} has to be a whole number, at least {least}")
 
-def _check(learn, rounds, epochs, rate, rewind_epoch, fit, controls, cbs):
+def _check(learn, rounds, epochs, rate, rewind_epoch, fit, controls, cbs, granularity):
+    if isinstance(granularity, NM):
+        raise ValueError(f"{granularity} makes {granularity.percent:g} % zero at once, so there are no rounds of it; "
+                         "use SparsifyCallback, or another granularity")
     for what,v,least in (('rounds', rounds, 1), ('epochs', epochs, 1), ('rewind_epoch', rewind_epoch, 0)):
         _whole(what, v, least)
     Rate(rate, rounds)
@@ -344,8 +347,9 @@ def lottery_ticket(
 ) -> LotteryReport: # A value that shows itself as a table and draws itself; `report.load` gets any ticket
     "Find lottery tickets in `rounds` of training, pruning and rewinding, beside controls (Frankle & Carbin 2019)"
     cbs = list(L(cbs))
-    _check(learn, rounds, epochs, rate, rewind_epoch, fit, controls, cbs)
-    make = dict(granularity=as_granularity(granularity), method=as_method(method), criteria=as_criterion(criteria),
+    granularity = as_granularity(granularity)
+    _check(learn, rounds, epochs, rate, rewind_epoch, fit, controls, cbs, granularity)
+    make = dict(granularity=granularity, method=as_method(method), criteria=as_criterion(criteria),
                 layers=layers, exclude=exclude)
     train = dict(fit=getattr(Learner, fit) if isinstance(fit, str) else fit, name=_name(fit), epochs=epochs, lr=lr,
                  rewind_epoch=rewind_epoch, cbs=cbs)

@@ -301,7 +301,7 @@ def test_load(tmp_path):
 @pytest.mark.parametrize('kwargs,message', [(dict(rounds=0), 'rounds=0'), (dict(rounds=1.5), 'rounds=1.5'), (dict(epochs=0), 'epochs=0'), (dict(rate=.2), 'did you mean 20?'), (dict(rate=100), 'below 100'),
     (dict(rewind_epoch=2), 'only the epochs 0 to 1'), (dict(rewind_epoch=-1), 'rewind_epoch=-1'), (dict(fit='fine_tune'), "fit='fine_tune'"), (dict(fit='fit_flat_cos', rewind_epoch=1), 'takes no start_epoch'),
     (dict(fit=Learner.fit_flat_cos, rewind_epoch=1), 'takes no start_epoch'), (dict(controls='random mask'), 'in a list'), (dict(controls=['dense']), "choose some of 'random mask'"),
-    (dict(cbs=SparsifyCallback(50)), 'leave SparsifyCallback out'), (dict(cbs=DistillCallback()), 'pass a trained one as teacher='), (dict(granularity='2:4'), 'ask for 50'),
+    (dict(cbs=SparsifyCallback(50)), 'leave SparsifyCallback out'), (dict(cbs=DistillCallback()), 'pass a trained one as teacher='), (dict(granularity='2:4'), 'so there are no rounds of it'),
     (dict(criteria='magnitudes'), 'is unknown'), (dict(layers='conv9'), 'matches no layer'), (dict(rounds=2, percent=5), 'no argument')])
 def test_mistakes_are_told_before_anything_is_trained(kwargs, message, tmp_path):
     learn = shuffled(cbs=On(before_train=lambda l: pytest.fail('trained')))
